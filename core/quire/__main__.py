@@ -1,0 +1,100 @@
+"""The console scripts ``quire`` and ``lightning``: one program. Commands that need no torch import none."""
+
+from __future__ import annotations
+
+import os
+import sys
+
+from quire.errors import ConfigError, QuireError, suggest
+from quire.plugins import load, load_object, tracing
+
+LIGHTNING = ("fit", "validate", "test", "predict")
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Run a command; the process exits with 0, 2 for a wrong command or config, 1 for a fault while running."""
+    code = execute(sys.argv[1:] if argv is None else argv)
+    if code:
+        sys.exit(code)
+
+
+def execute(argv: list[str]) -> int:
+    """Run a command and return its exit code; errors are one sentence on stderr unless ``QUIRE_TRACE=1``."""
+    try:
+        return _dispatch(argv)
+    except QuireError as error:
+        return _fail(error, str(error), error.exit_code)
+    except KeyboardInterrupt as error:
+        return _fail(error, "interrupted", 130)
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+    except Exception as error:  # a stranger's code may raise anything; the user gets a sentence, the trace on request
+        known = next((e for e in _chain(error) if isinstance(e, QuireError)), None)
+        if known is not None:
+            return _fail(error, str(known), known.exit_code)
+        code = 2 if type(error).__name__ == "MisconfigurationException" else 1
+        return _fail(error, f"{type(error).__name__}: {error}", code)
+
+
+def _dispatch(argv: list[str]) -> int:
+    if not argv or argv[0] in ("-h", "--help"):
+        print(usage())
+        return 0
+    if argv[0] == "--version":
+        from quire import __version__
+
+        print(f"quire {__version__}")
+        return 0
+    if argv[0] in LIGHTNING:
+        os.environ.setdefault("JSONARGPARSE_DEPRECATION_WARNINGS", "off")
+        from quire.cli import run
+
+        try:
+            run(argv)
+        except SystemExit as stop:  # --help and --print_config end this way
+            return int(stop.code or 0) if isinstance(stop.code, int) or stop.code is None else 2
+        return 0
+    commands = load().commands
+    if argv[0] not in commands:
+        raise ConfigError(f"no command {argv[0]}{suggest(argv[0], [*LIGHTNING, *commands]) or '; quire --help lists them'}")
+    try:
+        return int(load_object(commands[argv[0]][0])(argv[1:]) or 0)
+    except SystemExit as stop:
+        return int(stop.code or 0) if isinstance(stop.code, int) or stop.code is None else 2
+
+
+def usage() -> str:
+    """What ``quire --help`` prints."""
+    own = "\n".join(f"  {name:<12} {about}" for name, (_, about, _) in sorted(load().commands.items()))
+    return (
+        "usage: quire COMMAND [options]   (lightning is the same program)\n\n"
+        "Lightning's commands, with -c FILE or -c plugin/name:\n"
+        "  fit          train\n  validate     evaluate on the validation split\n"
+        "  test         evaluate on the test split\n  predict      draw from the sampler, or encode\n\n"
+        f"Quire's:\n{own}\n\n"
+        "QUIRE_PLUGINS=mp3,gsae loads only these plugins; QUIRE_TRACE=1 shows full tracebacks."
+    )
+
+
+def _chain(error: BaseException) -> list[BaseException]:
+    seen: list[BaseException] = []
+    link: BaseException | None = error
+    while link is not None and link not in seen:
+        seen.append(link)
+        link = link.__cause__ or link.__context__
+    return seen
+
+
+def _fail(error: BaseException, message: str, code: int) -> int:
+    if tracing():
+        raise error
+    line = " ".join(message.split())
+    print(f"error: {line}", file=sys.stderr)
+    if not isinstance(error, (QuireError, KeyboardInterrupt)):
+        print("QUIRE_TRACE=1 shows where it happened", file=sys.stderr)
+    return code
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,316 @@
+"""Checkpoints that rebuild without YAML and run no foreign code; export and import as safetensors."""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import importlib
+import inspect
+import json
+import pickle
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from safetensors.torch import load_model, save_model
+
+from quire.contracts import SLOTS, Component, Decoder, Encoder, Objective, Part, Sampler, Spec, build, plain
+from quire.errors import ConfigError
+from quire.plugins import load as installed
+
+if TYPE_CHECKING:
+    from quire.model import Model
+
+
+# ---- components ↔ plain values
+def instantiate(what: Any) -> Any:
+    """Build a component from ``{"class_path", "init_args"}``; a component passes through.
+
+    Only classes that an installed plugin registered, or component classes already imported, are made: a
+    checkpoint can't name a function to call.
+    """
+    if not isinstance(what, Mapping) or "class_path" not in what:
+        if isinstance(what, (list, tuple)):
+            return [instantiate(w) for w in what]
+        return what
+    cls = component_class(what["class_path"])
+    arguments = {k: _instantiate_nested(v) for k, v in (what.get("init_args") or {}).items()}
+    made = cls(**arguments)
+    if what.get("pretrained"):
+        _adopt(made, dict(what["pretrained"]))
+    return made
+
+
+def _instantiate_nested(value: Any) -> Any:
+    if isinstance(value, Mapping) and "class_path" in value:
+        return instantiate(value)
+    if isinstance(value, Mapping):
+        return {k: _instantiate_nested(v) for k, v in value.items()}
+    if isinstance(value, list):
+        return [_instantiate_nested(v) for v in value]
+    return value
+
+
+def component_class(path: str) -> type[Component]:
+    """The component class of a path or short name. Raises ``ConfigError`` naming the missing plugin."""
+    registry = installed().registry
+    entry = registry.by_path(path) if "." in path else registry.get(path)
+    if entry is not None:
+        return entry.load()
+    module, _, name = path.rpartition(".")
+    found = getattr(sys.modules.get(module), name, None)
+    if isinstance(found, type) and issubclass(found, Component):
+        return found
+    package = module.partition(".")[0]
+    need = f": pip install {package.replace('_', '-')}" if package.startswith("quire_") else ""
+    raise ConfigError(f"the checkpoint needs {path}, which no installed plugin registers{need or ': import it first'}")
+
+
+def _adopt(part: Component, origin: dict[str, Any]) -> None:
+    build(part, Spec(origin["spec"]))
+    object.__setattr__(part, "origin", origin)
+    part.frozen = bool(origin.get("freeze"))
+    if part.frozen:
+        part.requires_grad_(False).eval()
+
+
+def describe(model: Model) -> dict[str, Any]:
+    """What ``hyper_parameters`` of a checkpoint holds: every part as plain values, the optimizer, the sizes."""
+    parts: dict[str, Any] = {}
+    for slot in SLOTS:
+        part = getattr(model, slot)
+        parts[slot] = None if part is None else plain(part)
+    parts["metrics"] = [plain(m) for m in model.metrics]
+    parts["optimizer"] = optimizer_plain(model.optimizer)
+    parts["schedule"] = plain(model.schedule)
+    parts["spec"] = dict(model.spec) if model.spec is not None else None
+    return parts
+
+
+# ---- optimizers
+def optimizer_from(given: Any) -> Any:
+    """A callable ``groups → Optimizer`` from None, a callable, or plain values of a checkpoint."""
+    if given is None:
+        return functools.partial(torch.optim.AdamW, lr=1e-3, weight_decay=0.05)
+    if not isinstance(given, Mapping):
+        return given
+    module, _, name = given["class_path"].rpartition(".")
+    holder = importlib.import_module(module) if module.startswith("torch.optim") else sys.modules.get(module)
+    cls = getattr(holder, name, None)
+    if not (isinstance(cls, type) and issubclass(cls, torch.optim.Optimizer)):
+        raise ConfigError(f"the checkpoint's optimizer {given['class_path']} is not a known optimizer class")
+    return functools.partial(cls, **given.get("init_args", {}))
+
+
+def _optimizer_class(made: Any) -> type | None:
+    for item in (getattr(made, "func", made), *getattr(made, "args", ())):
+        if isinstance(item, type) and issubclass(item, torch.optim.Optimizer):
+            return item
+    return None
+
+
+def optimizer_plain(made: Any) -> dict[str, Any] | None:
+    """``{"class_path", "init_args"}`` of a partial optimizer; None when it is some other callable."""
+    cls = _optimizer_class(made)
+    if cls is None:
+        return None
+    arguments = {k: list(v) if isinstance(v, tuple) else v for k, v in getattr(made, "keywords", {}).items()}
+    return {"class_path": f"{cls.__module__}.{cls.__qualname__}", "init_args": arguments}
+
+
+def learning_rate(made: Any) -> float:
+    """The base learning rate of a partial optimizer, for layer-wise decay."""
+    if "lr" in getattr(made, "keywords", {}):
+        return float(made.keywords["lr"])
+    cls = _optimizer_class(made)
+    if cls is None:
+        raise ConfigError("layer_decay needs model.optimizer given by class_path, to know its learning rate")
+    return float(inspect.signature(cls).parameters["lr"].default)
+
+
+# ---- reading
+def stamp(model: Model) -> dict[str, Any]:
+    """Versions of the plugins whose parts are in the model, the seed, and the layout of this record."""
+    records = installed().records
+    registry = installed().registry
+    used = {"core"}
+    for part in model.components():
+        entry = registry.by_path(f"{type(part).__module__}.{type(part).__qualname__}")
+        used |= {entry.plugin} if entry else set()
+    plugins = {records[p].distribution: records[p].version for p in sorted(used) if p in records}
+    return {"format": 1, "plugins": plugins, "seed": model.seed}
+
+
+def read(path: str | Path) -> dict[str, Any]:
+    """A checkpoint file as plain values and tensors. Raises ``ConfigError`` in one sentence; never runs its code."""
+    file = Path(path).expanduser()
+    if not file.is_file():
+        raise ConfigError(f"no checkpoint at {file}")
+    try:
+        content = torch.load(file, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError as error:
+        if "Unsupported global" in str(error) or "weights_only" in str(error).lower():
+            raise ConfigError(f"{file} holds pickled code, which Quire never runs: export it as safetensors") from error
+        raise ConfigError(f"{file} is not a checkpoint, or is truncated") from error
+    except (RuntimeError, EOFError, ValueError, OSError, KeyError) as error:
+        raise ConfigError(f"{file} is not a checkpoint, or is truncated") from error
+    if not isinstance(content, dict) or "state_dict" not in content or "quire" not in content:
+        raise ConfigError(f"{file} is not a Quire checkpoint: it has no record of its parts")
+    return content
+
+
+def fingerprint(path: str | Path) -> str:
+    """sha256 of a file or of an exported folder's weights."""
+    file = Path(path)
+    if file.is_dir():
+        file = file / "model.safetensors"
+    with file.open("rb") as handle:
+        digest = hashlib.sha256()
+        while block := handle.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+def load(path: str | Path) -> Model:
+    """Rebuild a model from a checkpoint, an exported folder, or ``hf:owner/name``; no YAML needed.
+
+    Args:
+        path: A ``.ckpt`` file, a folder written by :func:`export`, or a hub name with the prefix ``hf:``.
+
+    Returns:
+        The model in eval mode, on the CPU.
+
+    Raises:
+        ConfigError: no such file, not a Quire checkpoint, pickled code, or a plugin that is missing (named).
+    """
+    if str(path).startswith("hf:"):
+        try:
+            from huggingface_hub import snapshot_download
+        except ImportError as error:
+            raise ConfigError("hf: paths need huggingface_hub: pip install huggingface_hub") from error
+        path = snapshot_download(str(path).removeprefix("hf:"))
+    from quire.model import Model
+
+    folder = Path(path)
+    content = _read_export(folder) if folder.is_dir() else read(path)
+    model = Model(**content["hyper_parameters"])
+    model.configure_model()
+    if folder.is_dir():
+        load_model(model, folder / "model.safetensors")
+    else:
+        model.load_state_dict(content["state_dict"])
+    return model.eval()
+
+
+def compare(model: Model, content: Mapping[str, Any]) -> None:
+    """Raise ``ConfigError`` when a checkpoint's parts or sizes are not this model's, naming the first difference."""
+    if "quire" not in content:
+        raise ConfigError("not a Quire checkpoint: it has no record of its parts")
+    theirs, ours = content.get("hyper_parameters", {}), describe(model)
+    for slot in ("encoder", "decoder"):
+        a, b = theirs.get(slot) or {}, ours.get(slot) or {}
+        if a.get("class_path") != b.get("class_path"):
+            raise ConfigError(
+                f"the checkpoint's {slot} is {_short(a)}, this run's is {_short(b)}: use the YAML it was trained with"
+            )
+        for key in sorted({*(a.get("init_args") or {}), *(b.get("init_args") or {})}):
+            x, y = (a.get("init_args") or {}).get(key), (b.get("init_args") or {}).get(key)
+            if x != y and not isinstance(x, dict) and key in (a.get("init_args") or {}):
+                shapes = _shapes(content.get("state_dict", {})) != _shapes(model.state_dict())
+                if shapes:
+                    raise ConfigError(f"the checkpoint's {slot}.{key} is {x}, this run's is {y}: make them agree")
+    missing = set(model.state_dict()) ^ set(content.get("state_dict", {}))
+    if missing:
+        name = sorted(missing)[0]
+        where = "the checkpoint" if name in content.get("state_dict", {}) else "this run"
+        raise ConfigError(f"only {where} has the weight {name}: use the YAML that the checkpoint was trained with")
+    clash = sorted(set(_shapes(content["state_dict"]).items()) ^ set(_shapes(model.state_dict()).items()))
+    if clash:
+        name = clash[0][0]
+        a, b = list(content["state_dict"][name].shape), list(model.state_dict()[name].shape)
+        raise ConfigError(f"the weight {name} is {a} in the checkpoint and {b} in this run: make the sizes agree")
+
+
+def _short(what: Mapping[str, Any]) -> str:
+    return what["class_path"].rpartition(".")[2] if what else "not set"
+
+
+def _shapes(state: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
+    return {k: tuple(v.shape) for k, v in state.items() if isinstance(v, torch.Tensor)}
+
+
+# ---- export
+def export(model: Model, folder: str | Path) -> Path:
+    """Write ``model.safetensors`` and ``config.json``: weights and how to rebuild, nothing that can run.
+
+    Args:
+        model: A built model.
+        folder: Where to; made if missing.
+
+    Returns:
+        The folder.
+    """
+    target = Path(folder)
+    target.mkdir(parents=True, exist_ok=True)
+    save_model(model, str(target / "model.safetensors"))
+    record = {"hyper_parameters": describe(model), "quire": stamp(model)}
+    (target / "config.json").write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
+    return target
+
+
+def _read_export(folder: Path) -> dict[str, Any]:
+    try:
+        content = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+        if (folder / "model.safetensors").is_file() and "hyper_parameters" in content:
+            return content
+    except (FileNotFoundError, json.JSONDecodeError):
+        pass
+    raise ConfigError(f"{folder} is not an exported Quire model: it needs config.json and model.safetensors")
+
+
+class Pretrained(Encoder, Decoder, Objective, Sampler, Part):
+    """A part of a trained model, standing wherever a component is expected.
+
+    What is made is the loaded part itself, built and with its weights; a new checkpoint holds its class path,
+    arguments and this file's fingerprint, so it reloads when the old file is gone.
+
+    Args:
+        path: A Quire checkpoint, or a folder written by ``quire.export``.
+        part: Which part: encoder, decoder, objective or sampler; dots reach inside (``decoder.decoder``).
+        freeze: Keep it in eval mode without gradients; false fine-tunes it.
+        layer_decay: Factor on the learning rate per layer below the top, in (0, 1]; null for none.
+
+    Raises:
+        ConfigError: no such file or part, or a ``layer_decay`` outside (0, 1].
+    """
+
+    def __new__(cls, path: str, part: str = "encoder", freeze: bool = True, layer_decay: float | None = None) -> Any:
+        """The loaded part, not a ``Pretrained``."""
+        from quire.data import expand
+
+        if layer_decay is not None and not 0 < layer_decay <= 1:
+            raise ConfigError(f"layer_decay must be in (0, 1], got {layer_decay}")
+        file = expand(path)
+        model = load(file)
+        found: Any = model
+        for name in part.split("."):
+            found = getattr(found, name, None)
+        if not isinstance(found, Component):
+            have = ", ".join(s for s in SLOTS if getattr(model, s) is not None)
+            raise ConfigError(f"{file} has no part {part!r}; it has {have}")
+        origin = {
+            "path": str(path),
+            "sha256": fingerprint(file),
+            "spec": dict(found.__dict__["built_with"]),
+            "freeze": freeze,
+            "layer_decay": layer_decay,
+        }
+        _adopt(found, origin)
+        return found
+
+    def __init__(
+        self, path: str, part: str = "encoder", freeze: bool = True, layer_decay: float | None = None
+    ) -> None:  # read by the YAML parser; __new__ returns another class, so it never runs
+        super().__init__()

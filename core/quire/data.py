@@ -1,0 +1,288 @@
+"""The DataModule contract: fields of a batch, splits, seeded order that survives a kill, device-side transforms."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import re
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any, ClassVar
+
+import torch
+from lightning.pytorch import LightningDataModule
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset, DistributedSampler, Subset
+
+from quire.contracts import Batch, Part, Spec
+from quire.errors import ConfigError, DataError
+
+FIELDS: dict[str, str] = {
+    "image": "[B,C,H,W] float in [0,1]",
+    "audio": "[B,S] float in [-1,1]",
+    "frames": "[B,T,F] float, log-mel by default",
+    "tokens": "[B,T] int64 ids",
+    "mask": "[B,T] bool, True = real",
+    "vector": "[B,D] float",
+    "label": "[B] int64 class",
+    "index": "[B] int64 place of the sample in its split",
+}
+"""Every batch field with shape, dtype and unit. A paper that needs another adds it here."""
+
+SPLITS = ("train", "val", "test")
+
+
+def mix(*numbers: int) -> int:
+    """One 63-bit seed from several numbers; neighbouring inputs give unrelated seeds."""
+    digest = hashlib.blake2b(",".join(map(str, numbers)).encode(), digest_size=8).digest()
+    return int.from_bytes(digest, "little") >> 1
+
+
+def expand(path: str | Path) -> Path:
+    """``path`` with variables and ``~`` expanded; ``$QUIRE_DATA`` unset means the user's cache folder.
+
+    Raises:
+        ConfigError: a variable in it is not set.
+    """
+    cache = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache", "quire")
+    known = {**os.environ, "QUIRE_DATA": os.environ.get("QUIRE_DATA") or str(cache)}
+
+    def value(match: re.Match[str]) -> str:
+        name = match[1] or match[2]
+        if name not in known:
+            raise ConfigError(f"the path {path} needs the environment variable {name}, which is not set")
+        return known[name]
+
+    return Path(re.sub(r"\$(?:\{(\w+)\}|(\w+))", value, str(path))).expanduser()
+
+
+class Fields(Dataset):
+    """An in-memory split: equally long tensors by field name; a batch is one indexing, no per-sample collation."""
+
+    def __init__(self, **tensors: Tensor) -> None:
+        lengths = {k: len(v) for k, v in tensors.items()}
+        if len(set(lengths.values())) != 1:
+            raise DataError(f"fields of one split differ in length: {lengths}")
+        self.tensors = tensors
+
+    def __len__(self) -> int:
+        return len(next(iter(self.tensors.values())))
+
+    def __getitem__(self, i: int) -> Batch:
+        return {k: v[i] for k, v in self.tensors.items()}
+
+    def __getitems__(self, indices: list[int]) -> Batch:
+        chosen = torch.as_tensor(indices)
+        return {k: v[chosen] for k, v in self.tensors.items()}
+
+
+class _Indexed(Dataset):
+    """Adds ``index`` and tells a data set which epoch it is in, so per-sample randomness is keyed, not streamed."""
+
+    def __init__(self, source: Dataset, collate: Any) -> None:
+        self.source, self.collate = source, collate
+
+    def __len__(self) -> int:
+        return len(self.source)  # type: ignore[arg-type]
+
+    def __getitems__(self, indices: list[int]) -> Batch:
+        fetch = getattr(self.source, "__getitems__", None)
+        batch = fetch(indices) if fetch else [self.source[i] for i in indices]
+        if not isinstance(batch, dict):
+            batch = self.collate(batch)
+        batch.setdefault("index", torch.as_tensor(indices))
+        return batch
+
+
+def _same(batch: Batch) -> Batch:
+    return batch
+
+
+class Loader(DataLoader):
+    """A DataLoader whose place in the epoch is saved with the checkpoint and restored exactly.
+
+    The order is a function of (seed, epoch), so the place is one number: batches handed out.
+    """
+
+    _seen = 0
+    _skip = 0
+
+    def __iter__(self) -> Iterator[Batch]:
+        skip, self._skip = self._skip, 0
+        self._seen = skip
+        sampler = self.sampler
+        if isinstance(sampler, _Order):
+            sampler.start = skip * (self.batch_size or 1)
+            getattr(self.dataset, "source", self.dataset).epoch = sampler.epoch  # type: ignore[attr-defined]
+        for batch in super().__iter__():
+            self._seen += 1
+            yield batch
+
+    def state_dict(self) -> dict[str, int]:
+        """Batches handed out in this epoch."""
+        return {"seen": self._seen}
+
+    def load_state_dict(self, state: Mapping[str, int]) -> None:
+        """Start the next pass after the batches already seen; a finished pass starts anew."""
+        self._skip = state["seen"] if state["seen"] < len(self) else 0
+
+
+class _Order(DistributedSampler):
+    """DistributedSampler (also for one process) that can start inside an epoch."""
+
+    start = 0
+
+    def __iter__(self) -> Iterator[int]:
+        start, self.start = self.start, 0
+        return iter(list(super().__iter__())[start:])
+
+
+class DataModule(LightningDataModule):
+    """Where batches come from. Subclass it and write ``split`` and ``sizes``.
+
+    Args:
+        batch_size: Samples per step and process.
+        num_workers: Loader processes; 0 loads in the main one.
+        seed: Seed of order, split and transforms.
+        transforms: Parts run in order on each batch after it is on its device: ``part(batch, generator) -> batch``.
+            A part with ``training_only = True`` is left out of validation and test.
+        train_samples: Keep only this many training samples (the first of a seeded permutation, balanced over
+            classes where there are labels): few-label probes and fine-tuning. None keeps all.
+
+    Raises:
+        ConfigError: ``batch_size`` below 1, or above the training set.
+    """
+
+    fields: ClassVar[tuple[str, ...]] = ()
+
+    def __init__(
+        self,
+        batch_size: int = 64,
+        num_workers: int = 0,
+        seed: int = 0,
+        transforms: list[Part] | None = None,
+        train_samples: int | None = None,
+    ) -> None:
+        super().__init__()
+        if batch_size < 1:
+            raise ConfigError(f"data.batch_size must be at least 1, got {batch_size}")
+        self.batch_size, self.num_workers, self.seed = batch_size, num_workers, seed
+        self.transforms = list(transforms or [])
+        self.train_samples = train_samples
+        self._splits: dict[str, Dataset] = {}
+
+    # ---- what a subclass writes
+    def split(self, name: str) -> Dataset:
+        """The data set of ``"train"``, ``"val"`` or ``"test"``: a ``Fields``, or samples as dicts."""
+        raise NotImplementedError
+
+    def sizes(self) -> dict[str, Any]:
+        """Plain sizes by name: ``image_size``, ``channels``, ``classes``…"""
+        raise NotImplementedError
+
+    def collate(self, samples: list[Batch]) -> Batch:
+        """Samples → batch; override for ragged fields."""
+        return torch.utils.data.default_collate(samples)
+
+    # ---- what everybody else uses
+    @property
+    def spec(self) -> Spec:
+        """Sizes of the data; linked to ``model.spec``."""
+        return Spec(self.sizes())
+
+    def dataset(self, name: str) -> Dataset:
+        """A split, made once. Raises ``DataError`` when it is empty."""
+        if name not in self._splits:
+            data = self.split(name)
+            if len(data) == 0:  # type: ignore[arg-type]
+                raise DataError(f"{type(self).__name__}: the {name} split is empty")
+            if name == "train" and self.train_samples is not None:
+                data = few(data, self.train_samples, self.seed)
+            self._splits[name] = data
+        return self._splits[name]
+
+    def loader(self, name: str, shuffle: bool = False, batch_size: int | None = None) -> Loader:
+        """A loader of one split, seeded and split over ranks."""
+        data, size = self.dataset(name), batch_size or self.batch_size
+        world, rank = (self.trainer.world_size, self.trainer.global_rank) if self.trainer else (1, 0)
+        total = len(data)  # type: ignore[arg-type]
+        if shuffle and size * world > total:
+            over = f" on {world} processes" if world > 1 else ""
+            raise ConfigError(
+                f"data.batch_size is {size}{over}, but {type(self).__name__} has {total} training samples: lower it"
+            )
+        order = _Order(data, world, rank, shuffle=shuffle, seed=self.seed, drop_last=shuffle)
+        return Loader(
+            _Indexed(data, self.collate),
+            batch_size=size,
+            sampler=order,
+            num_workers=self.num_workers,
+            collate_fn=_same,
+            drop_last=shuffle,
+            pin_memory=torch.cuda.is_available(),
+        )
+
+    def train_dataloader(self) -> Loader:
+        """Shuffled; the last partial batch is dropped."""
+        return self.loader("train", shuffle=True)
+
+    def val_dataloader(self) -> Loader:
+        """In order."""
+        return self.loader("val")
+
+    def test_dataloader(self) -> Loader:
+        """In order."""
+        return self.loader("test")
+
+    def predict_dataloader(self) -> Loader:
+        """The test split, in order."""
+        return self.loader("test")
+
+    def transform(self, batch: Batch, generator: torch.Generator, training: bool) -> Batch:
+        """Run the transforms on a batch that is on its device."""
+        for part in self.transforms:
+            if training or not getattr(part, "training_only", False):
+                batch = part(batch, generator)
+        return batch
+
+
+def few(data: Dataset, count: int, seed: int) -> Dataset:
+    """``count`` samples of a seeded permutation, as even over classes as the labels allow."""
+    total = len(data)  # type: ignore[arg-type]
+    if not 0 < count <= total:
+        raise ConfigError(f"data.train_samples is {count}, but the training split has {total} samples")
+    order = torch.randperm(total, generator=torch.Generator().manual_seed(seed))
+    labels = data.tensors.get("label") if isinstance(data, Fields) else getattr(data, "labels", None)
+    if labels is not None:
+        labels = torch.as_tensor(labels)[order]
+        rank = torch.empty(total, dtype=torch.long)
+        for value in labels.unique():  # rank within its class, so low ranks are balanced
+            own = labels == value
+            rank[own] = torch.arange(int(own.sum()))
+        order = order[torch.argsort(rank, stable=True)]
+    chosen = order[:count].sort().values
+    if isinstance(data, Fields):
+        return Fields(**data.__getitems__(chosen.tolist()))
+    return Subset(data, chosen.tolist())
+
+
+def check_batch(batch: Batch) -> None:
+    """Refuse a batch whose fields break ``FIELDS``: names the field, the sample and the range found."""
+    for name, value in batch.items():
+        if not isinstance(value, Tensor) or not value.numel():
+            continue
+        if value.is_floating_point() and not bool(torch.isfinite(value).all()):
+            bad = int((~torch.isfinite(value.flatten(1) if value.ndim > 1 else value[:, None])).any(1).nonzero()[0])
+            where = f" (index {int(batch['index'][bad])})" if isinstance(batch.get("index"), Tensor) else ""
+            raise DataError(f"{name} of sample {bad}{where} is not finite: it holds NaN or infinity")
+        if name == "image":
+            if not value.is_floating_point():
+                raise DataError(f"image is {str(value.dtype).removeprefix('torch.')}; convert to float in [0,1]")
+            if value.ndim != 4:
+                raise DataError(f"image has shape {list(value.shape)}; the field is [B,C,H,W]")
+            low, high = float(value.min()), float(value.max())
+            if low < 0 or high > 1:
+                said = "image is in 0..255" if high > 2 and low >= 0 else f"image is in {low:g}..{high:g}"
+                raise DataError(f"{said}; the field is float in [0,1]")
+        if name == "mask" and value.ndim == 2 and not bool(value.any(1).all()):
+            raise DataError(f"sample {int((~value.any(1)).nonzero()[0])} has no real tokens")

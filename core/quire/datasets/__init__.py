@@ -1,0 +1,1 @@
+"""Data modules: each has an embedded source, so a run needs no network."""

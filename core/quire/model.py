@@ -1,0 +1,418 @@
+"""The one LightningModule: builds the parts, runs the objective, optimises, predicts."""
+
+from __future__ import annotations
+
+import functools
+import math
+import os
+from collections.abc import Iterable, Iterator
+from typing import Any, ClassVar
+
+import torch
+from lightning.pytorch import LightningModule
+from lightning.pytorch.cli import OptimizerCallable
+from torch import Tensor, nn
+
+from quire import checkpoint
+from quire.contracts import (
+    SLOTS,
+    Batch,
+    Component,
+    Decoder,
+    Encoder,
+    Losses,
+    Metric,
+    Objective,
+    Role,
+    Sampler,
+    Spec,
+    build,
+)
+from quire.data import check_batch, mix
+from quire.errors import ConfigError, DataError
+from quire.matching import check_fields, check_model
+from quire.schedule import Schedule, WarmupCosine
+
+
+class Model(LightningModule):
+    """Encoder, decoder, objective and sampler in one training loop. Every part is optional where it isn't needed.
+
+    Args:
+        encoder: batch → codes.
+        decoder: codes → data space; a language model alone is a decoder.
+        objective: What ``fit``, ``validate`` and ``test`` compute.
+        sampler: What ``predict`` draws; without one ``predict`` returns the encoder's codes.
+        metrics: Metrics of ``validate`` and ``test``.
+        optimizer: Default AdamW, learning rate 1e-3, weight decay 0.05 (none on norms, biases and scalars).
+        schedule: Default warm-up over 5 % of the steps, then cosine to 0.
+        spec: Sizes of the data; linked to ``data.spec`` by the command line, else taken from the data module.
+
+    Raises:
+        ConfigError: parts that can't work together, in one sentence, before anything is built.
+    """
+
+    def __init__(
+        self,
+        encoder: Encoder | None = None,
+        decoder: Decoder | None = None,
+        objective: Objective | None = None,
+        sampler: Sampler | None = None,
+        metrics: list[Metric] | None = None,
+        optimizer: OptimizerCallable | None = None,
+        schedule: Schedule | None = None,
+        spec: dict[str, Any] | None = None,
+    ) -> None:
+        super().__init__()
+        make = checkpoint.instantiate
+        self.encoder: Any = make(encoder)
+        self.decoder: Any = make(decoder)
+        self.objective: Any = make(objective)
+        self.sampler: Any = make(sampler)
+        self.metrics = nn.ModuleList([make(m) for m in metrics or []])
+        self.schedule: Schedule = make(schedule) or WarmupCosine()
+        self.optimizer = checkpoint.optimizer_from(optimizer)
+        self.spec = Spec(spec) if spec else None
+        self.seed = int(os.environ.get("PL_GLOBAL_SEED", 0))
+        self.subject: Any = None  # a frozen model under study; its data module sets it
+        self.automatic_optimization = not self._players
+        self._ready = False
+        self._generators: dict[torch.device, torch.Generator] = {}
+        self._key = mix(self.seed)
+        self._sums: dict[str, Tensor] = {}
+        self._count = 0
+        check_model(self)
+        self.save_hyperparameters(checkpoint.describe(self))
+
+    # ---- parts
+    def components(self) -> Iterator[Component]:
+        """Every component in the model, parts of parts included."""
+        return (m for m in self.modules() if isinstance(m, Component))
+
+    def find(self, role: type[Role]) -> Role | None:
+        """The first of encoder, decoder, objective, sampler that has ``role``."""
+        for slot in SLOTS:
+            part = getattr(self, slot)
+            if part is not None and (found := part.role(role)) is not None:
+                return found
+        return None
+
+    def configure_model(self) -> None:
+        """Build what depends on the data, once, then introduce the parts to each other."""
+        if self._ready:
+            return
+        source = getattr(self._trainer, "datamodule", None)
+        if self.spec is None:
+            self.spec = Spec(source.spec) if source is not None and hasattr(source, "spec") else Spec()
+        spec = Spec(self.spec)
+        for slot in SLOTS:
+            part = getattr(self, slot)
+            if part is None:
+                continue
+            build(part, spec)
+            if slot == "encoder":
+                spec = Spec({**spec, "codes": part.sizes()})
+        for part in [*self.metrics, self.schedule]:
+            build(part, spec)
+        for part in (*(getattr(self, slot) for slot in SLOTS), *self.metrics):
+            if part is not None:
+                part.bind(self)
+        self._ready = True
+
+    def setup(self, stage: str) -> None:
+        """Check that the stage has what it needs and that the data offers the fields that are read."""
+        if stage == "predict" and self.sampler is None and self.encoder is None:
+            raise ConfigError("predict needs model.sampler or model.encoder")
+        if stage != "predict" and self.objective is None:
+            raise ConfigError(f"{stage} needs model.objective")
+        source = self.trainer.datamodule  # type: ignore[attr-defined]
+        if source is not None and getattr(source, "fields", None):
+            check_fields(self, tuple(source.fields), type(source).__name__)
+        self._checked: set[str] = set()
+
+    def configure_callbacks(self) -> list[Any]:
+        """Callbacks that the parts bring along."""
+        return [callback for part in self.components() for callback in part.callbacks()]
+
+    # ---- steps
+    def forward(self, batch: Batch) -> Any:
+        """batch → codes."""
+        return self.encoder(batch)
+
+    def training_step(self, batch: Batch, batch_idx: int) -> Tensor | None:
+        """The objective's terms, weighted and summed; or one step of each player."""
+        self._rekey("train", self.current_epoch, batch_idx)
+        batch = self._prepare(batch, "train")
+        if self._players:
+            self._play(batch)
+            return None
+        losses = self.objective(self, batch)
+        loss = self._total(losses)
+        self._note(losses, loss, batch)
+        return loss
+
+    def _play(self, batch: Batch) -> None:
+        optimizers, schedulers = self.optimizers(), self.lr_schedulers()
+        together, total = Losses({}), torch.zeros((), device=self.device)
+        for i, player in enumerate(self._players):
+            optimizer = optimizers[i]  # type: ignore[index]
+            if i:  # the first player alone advances global_step
+                optimizer._on_before_step = optimizer._on_after_step = _nothing
+            self.toggle_optimizer(optimizer)
+            losses = self.objective(self, batch, player=player)
+            loss = self._total(losses)
+            self.manual_backward(loss)
+            optimizer.step()
+            optimizer.zero_grad()
+            self.untoggle_optimizer(optimizer)
+            schedulers[i].step()  # type: ignore[index]
+            together.update(losses)
+            together.metrics.update(losses.metrics)
+            total = total + loss.detach()
+        self._note(together, total, batch)
+
+    def validation_step(self, batch: Batch, batch_idx: int, dataloader_idx: int = 0) -> None:
+        """Terms and metrics over the validation split; the draws are the same in every epoch."""
+        self._evaluate("val", batch, batch_idx)
+
+    def test_step(self, batch: Batch, batch_idx: int, dataloader_idx: int = 0) -> None:
+        """Terms and metrics over the test split."""
+        self._evaluate("test", batch, batch_idx)
+
+    def _evaluate(self, stage: str, batch: Batch, batch_idx: int) -> None:
+        self._rekey(stage, 0, batch_idx)
+        batch = self._prepare(batch, stage)
+        players = {"player": self._players[0]} if self._players else {}
+        losses = self.objective(self, batch, **players)
+        values = {**losses, "loss": self._total(losses), **_evaluated(losses.metrics)}
+        size = _batch_size(batch)
+        self.log_dict({f"{stage}/{k}": v for k, v in values.items()}, batch_size=size, sync_dist=True, on_epoch=True)
+        for metric in self.metrics:
+            metric.observe(self, batch, losses)
+            name = getattr(metric, "label", type(metric).__name__)
+            self.log(f"{stage}/{name}", metric, batch_size=size, on_epoch=True)
+
+    def predict_step(self, batch: Batch, batch_idx: int, dataloader_idx: int = 0) -> Any:
+        """The sampler's results, or the encoder's codes."""
+        self._rekey("predict", 0, batch_idx)
+        if self.sampler is None:
+            return self.encoder(self._prepare(batch, "predict"))
+        if not self.sampler.needs_grad:
+            return self.sampler(self, self._prepare(batch, "predict"))
+        with torch.inference_mode(False), torch.enable_grad():  # tensors born in inference mode can't be differentiated
+            batch = {k: v.clone() if isinstance(v, Tensor) else v for k, v in batch.items()}
+            return self.sampler(self, self._prepare(batch, "predict"))
+
+    @property
+    def _players(self) -> tuple[str, ...]:
+        return () if self.objective is None else tuple(self.objective.players)
+
+    def _prepare(self, batch: Batch, stage: str) -> Batch:
+        if stage not in self._checked:
+            self._checked.add(stage)
+            check_batch(batch)
+        source = self.trainer.datamodule  # type: ignore[attr-defined]
+        if source is not None and getattr(source, "transforms", None):
+            batch = source.transform(batch, self.generator(), training=stage == "train")
+        return batch
+
+    def _total(self, losses: Losses) -> Tensor:
+        weights = self.objective.weights
+        terms = [v if (w := weights.get(k, 1.0)) == 1.0 else w * v for k, v in losses.items()]
+        if not terms:
+            raise ConfigError(f"{type(self.objective).__name__} returned no loss terms")
+        return functools.reduce(torch.add, terms)
+
+    # ---- randomness
+    def _rekey(self, stage: str, epoch: int, batch_idx: int) -> None:
+        # every step has its own seed: what came before (a probe, a validation, a kill) can't change it
+        rank = self.global_rank if self._trainer is not None else 0
+        self._key = mix(self.seed, ("train", "val", "test", "predict").index(stage), epoch, batch_idx, rank)
+        torch.manual_seed(self._key)
+        for generator in self._generators.values():
+            generator.manual_seed(self._key)
+
+    def generator(self, device: torch.device | str | None = None) -> torch.Generator:
+        """The step's generator, seeded by (seed, stage, epoch, batch, rank); one per device."""
+        where = torch.device(device) if device is not None else self.device
+        if where not in self._generators:
+            self._generators[where] = torch.Generator(where).manual_seed(self._key)
+        return self._generators[where]
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**super().__getstate__(), "_generators": {}}  # generators can't be copied; they are remade
+
+    # ---- logging
+    def _note(self, losses: Losses, loss: Tensor, batch: Batch) -> None:
+        step, every = self.trainer.global_step, self.trainer.log_every_n_steps  # type: ignore[attr-defined]
+        logging = (step + (not self._players)) % every == 0
+        if (logging or self.device.type == "cpu") and not math.isfinite(loss.item()):
+            self._blame(losses, batch, step)
+        for name, value in (*losses.items(), ("loss", loss)):
+            value = value.detach()
+            self._sums[name] = self._sums[name] + value if name in self._sums else value
+        self._count += 1
+        if logging:
+            self._flush(losses, batch)
+
+    def _flush(self, losses: Losses | None, batch: Batch | None) -> None:
+        means = {f"train/{k}": v / self._count for k, v in self._sums.items()}
+        extra = {f"train/{k}": v for k, v in _evaluated(losses.metrics).items()} if losses else {}
+        self._sums, self._count = {}, 0
+        size = _batch_size(batch) if batch else 1
+        self.log_dict({**means, **extra}, on_step=losses is not None, on_epoch=losses is None, batch_size=size)
+
+    def on_train_epoch_end(self) -> None:
+        """Log what an epoch shorter than the logging interval has gathered."""
+        if self._count:
+            self._flush(None, None)
+
+    def _blame(self, losses: Losses, batch: Batch, step: int) -> None:
+        check_batch(batch)
+        bad = ", ".join(k for k, v in losses.items() if not math.isfinite(v.item())) or "the sum"
+        raise DataError(f"loss term {bad} is not finite at step {step}: lower the learning rate or the term's weight")
+
+    # ---- optimisation
+    def configure_optimizers(self) -> Any:
+        """One optimizer and schedule a player; weight decay only on matrices; layer-wise decay if asked for."""
+        total = float(self.trainer.estimated_stepping_batches)
+        players = self._players or ("",)
+        made = []
+        for player in players:
+            parameters = self.objective.parameters_of(self, player) if player else self.parameters()
+            optimizer = self.optimizer(self._groups(parameters))
+            curve = functools.partial(self.schedule.factor, total=total)
+            scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, curve)
+            made.append({"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}})
+        return made if len(made) > 1 else made[0]
+
+    def _groups(self, parameters: Iterable[nn.Parameter]) -> list[dict[str, Any]]:
+        wanted = {id(p) for p in parameters if p.requires_grad}
+        if not wanted:
+            raise ConfigError("nothing to train: every parameter is frozen or there are none")
+        scales = self._layer_scales()
+        rate = checkpoint.learning_rate(self.optimizer)
+        groups: dict[tuple[bool, float], list[nn.Parameter]] = {}
+        for parameter in self.parameters():
+            if id(parameter) in wanted:
+                groups.setdefault((parameter.ndim > 1, scales.get(id(parameter), 1.0)), []).append(parameter)
+        made: list[dict[str, Any]] = []
+        for (decays, scale), members in groups.items():
+            group: dict[str, Any] = {"params": members}
+            if not decays:
+                group["weight_decay"] = 0.0
+            if scale != 1.0:
+                group["lr"] = rate * scale
+            made.append(group)
+        return made
+
+    def _layer_scales(self) -> dict[int, float]:
+        scales = {}
+        for part in self.components():
+            decay = (part.__dict__.get("origin") or {}).get("layer_decay")
+            if decay and isinstance(part, Encoder):
+                layers = part.layers()
+                for i, layer in enumerate(layers):
+                    scales.update({id(p): decay ** (len(layers) - i) for p in layer.parameters()})
+        return scales
+
+    # ---- checkpoints
+    def on_save_checkpoint(self, checkpoint_: dict[str, Any]) -> None:
+        """Keep how to rebuild the model without YAML, and the seed."""
+        checkpoint_["hyper_parameters"] = checkpoint.describe(self)
+        checkpoint_["quire"] = checkpoint.stamp(self)
+
+    def on_load_checkpoint(self, checkpoint_: dict[str, Any]) -> None:
+        """Refuse the checkpoint of another model by name; continue with its seed."""
+        checkpoint.compare(self, checkpoint_)
+        self.seed = checkpoint_.get("quire", {}).get("seed", self.seed)
+
+
+class Sum(Objective):
+    """Several objectives on one encoder: the sum of their weighted terms.
+
+    Args:
+        objectives: The members, in order; a term name used twice is prefixed with its objective's name.
+        weights: One factor per member; default 1 each.
+
+    Raises:
+        ConfigError: no members, a weight too many or too few, or two members with several players.
+    """
+
+    def __init__(self, objectives: list[Objective], weights: list[float] | None = None) -> None:
+        super().__init__()
+        if not objectives:
+            raise ConfigError("Sum needs at least one objective")
+        factors = weights if weights is not None else [1.0] * len(objectives)
+        if len(factors) != len(objectives):
+            raise ConfigError(f"Sum has {len(objectives)} objectives and {len(factors)} weights: give one each")
+        playing = [o for o in objectives if o.players]
+        if len(playing) > 1:
+            raise ConfigError("Sum can hold one objective with several players, got 2 or more")
+        self.members = nn.ModuleList(objectives)
+        self.factors = factors
+        self.weights = {}
+        self.refer("playing", playing[0] if playing else None)
+        self.players = playing[0].players if playing else ()  # type: ignore[misc]
+
+    @classmethod
+    def tiny(cls) -> dict[str, Any]:
+        """Masked reconstruction and classification of digits on one encoder."""
+        return {
+            "model": {
+                "encoder": {"class_path": "ViTEncoder", "init_args": {"patch": 2, "width": 16, "depth": 1, "heads": 2}},
+                "decoder": {"class_path": "GridDecoder", "init_args": {"width": 16, "depth": 1, "heads": 2}},
+                "objective": {
+                    "class_path": "Sum",
+                    "init_args": {"objectives": [{"class_path": "MaskedReconstruction"}, {"class_path": "Classify"}]},
+                },
+            },
+            "data": "Digits",
+        }
+
+    def forward(self, model: Model, batch: Batch, player: str | None = None) -> Losses:
+        """All members' terms; members without players join the first player's step."""
+        joined = Losses({})
+        weights: dict[str, float] = {}
+        for objective, factor in zip(self.members, self.factors):
+            if objective is self.playing:
+                losses = objective(model, batch, player=player)
+            elif player is None or player == self.players[0]:
+                losses = objective(model, batch)
+            else:
+                continue
+            for old, value in losses.items():
+                name = f"{type(objective).__name__}.{old}" if old in joined else old
+                joined[name] = value
+                weights[name] = factor * objective.weights.get(old, 1.0)
+            joined.metrics.update(losses.metrics)
+            joined.outputs.update(losses.outputs)
+        self.weights = weights
+        return joined
+
+    def parameters_of(self, model: Model, player: str) -> Iterable[nn.Parameter]:
+        """As the member with players says; the other members' own parameters go with the first player."""
+        yield from self.playing.parameters_of(model, player)
+        if player == self.players[0]:
+            for objective in self.members:
+                if objective is not self.playing:
+                    yield from objective.parameters()
+
+    def role(self, role: type[Role]) -> Role | None:
+        """The one member that has ``role``; None when none or several do."""
+        found = [r for o in self.members if (r := o.role(role)) is not None]
+        return found[0] if len(found) == 1 else None
+
+    playing: ClassVar[Any] = None
+
+
+def _evaluated(metrics: dict[str, Any]) -> dict[str, Tensor]:
+    with torch.no_grad():
+        return {k: v() if callable(v) else v for k, v in metrics.items()}
+
+
+def _batch_size(batch: Batch) -> int:
+    return next((len(v) for v in batch.values() if isinstance(v, Tensor) and v.ndim), 1)
+
+
+def _nothing(*_: Any) -> None:
+    return None

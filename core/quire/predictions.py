@@ -1,0 +1,90 @@
+"""What ``predict`` leaves behind: every rank's results, in the order of the data, in plain files."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from lightning.pytorch import Callback
+from safetensors.torch import save_file
+from torch import Tensor
+
+from quire.contracts import Codes
+
+
+class WritePredictions(Callback):
+    """Write predictions beside the run's log: tensors to ``predictions.safetensors``, rows to ``predictions.jsonl``.
+
+    Batches are gathered from all ranks and put in ``index`` order; a sampler's ``finish`` then sees them all, once.
+    """
+
+    def __init__(self) -> None:
+        self._results: list[tuple[list[int], Any]] = []
+
+    def on_predict_start(self, trainer: Any, pl_module: Any) -> None:
+        """Forget an earlier run."""
+        self._results = []
+
+    def on_predict_batch_end(
+        self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int, dataloader_idx: int = 0
+    ) -> None:
+        """Keep one batch's results with its indices."""
+        index = batch["index"].tolist() if isinstance(batch, dict) and "index" in batch else [batch_idx]
+        self._results.append((index, _cpu(outputs)))
+
+    def on_predict_end(self, trainer: Any, pl_module: Any) -> None:
+        """Gather, finish, write."""
+        gathered = self._results
+        if trainer.world_size > 1:
+            everyone: list[Any] = [None] * trainer.world_size
+            torch.distributed.all_gather_object(everyone, self._results)
+            gathered = [item for rank in everyone for item in rank]
+        results: Any = [r for _, r in sorted(gathered, key=lambda pair: pair[0][0])]
+        if pl_module.sampler is not None:
+            results = pl_module.sampler.finish(pl_module, results)
+        if trainer.is_global_zero:
+            for file in write(results, Path(trainer.log_dir or ".")):
+                print(f"wrote {file}")
+
+
+def write(results: Any, folder: Path) -> list[Path]:
+    """Write results to files in ``folder``; returns what was written."""
+    folder.mkdir(parents=True, exist_ok=True)
+    batches = results if isinstance(results, list) else [results]
+    if batches and all(isinstance(b, dict) and all(isinstance(v, Tensor) for v in b.values()) for b in batches):
+        file = folder / "predictions.safetensors"
+        save_file({k: torch.cat([b[k] for b in batches]).contiguous() for k in batches[0]}, str(file))
+        return [file]
+    rows = [row for b in batches for row in (b if isinstance(b, list) else [b])]
+    file = folder / "predictions.jsonl"
+    with file.open("w", encoding="utf-8") as handle:
+        for row in rows:
+            handle.write(json.dumps(_plain(row)) + "\n")
+    return [file]
+
+
+def _cpu(value: Any) -> Any:
+    if isinstance(value, Codes):
+        value = value.tensors()
+    if isinstance(value, Tensor):
+        return value.detach().cpu()
+    if isinstance(value, dict):
+        return {k: _cpu(v) for k, v in value.items()}
+    if isinstance(value, list):
+        return [_cpu(v) for v in value]
+    return value
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, Tensor):
+        return value.tolist()
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        return {f.name: _plain(getattr(value, f.name)) for f in dataclasses.fields(value)}
+    if isinstance(value, dict):
+        return {str(k): _plain(v) for k, v in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_plain(v) for v in value]
+    return value

@@ -1,0 +1,1 @@
+"""Kinds of code that several papers share."""
