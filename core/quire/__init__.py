@@ -37,7 +37,7 @@ _LAZY = {
     "Claim": "reproduce",
 }
 
-__all__ = ["__version__", "hookimpl", *sorted(_LAZY)]  # noqa: PLE0604
+__all__ = ["__version__", "hookimpl", *sorted(_LAZY)]
 
 
 def __getattr__(name: str) -> Any:

@@ -57,7 +57,9 @@ def _dispatch(argv: list[str]) -> int:
         return 0
     commands = load().commands
     if argv[0] not in commands:
-        raise ConfigError(f"no command {argv[0]}{suggest(argv[0], [*LIGHTNING, *commands]) or '; quire --help lists them'}")
+        raise ConfigError(
+            f"no command {argv[0]}{suggest(argv[0], [*LIGHTNING, *commands]) or '; quire --help lists them'}"
+        )
     try:
         return int(load_object(commands[argv[0]][0])(argv[1:]) or 0)
     except SystemExit as stop:

@@ -82,7 +82,7 @@ def describe(model: Model) -> dict[str, Any]:
     for slot in SLOTS:
         part = getattr(model, slot)
         parts[slot] = None if part is None else plain(part)
-    parts["metrics"] = [plain(m) for m in model.metrics]
+    parts["metrics"] = [plain(m) for m in model.metrics if isinstance(m, Component)]
     parts["optimizer"] = optimizer_plain(model.optimizer)
     parts["schedule"] = plain(model.schedule)
     parts["spec"] = dict(model.spec) if model.spec is not None else None

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import contextlib
+import logging
 import os
 import re
 import sys
@@ -20,9 +20,18 @@ from quire.plugins import load
 def run(argv: list[str]) -> None:
     """Run one of Lightning's subcommands. Raises ``ConfigError`` for anything wrong with what was typed."""
     argv = _configs(argv)
-    load().registry.import_named(_words(argv))
-    warnings.filterwarnings("ignore", message=".*is an instance of `nn.Module` and is already saved.*")
-    _cli_class()(_name(argv), args=argv)
+    words = set(_words(argv))
+    load().registry.import_named(words)
+    warnings.filterwarnings("ignore", message=".*does not have many workers.*")
+    logging.getLogger("lightning.pytorch.utilities.rank_zero").addFilter(
+        lambda record: "Tip:" not in record.getMessage()
+    )
+    before = sys.argv
+    sys.argv = [before[0], *argv]  # what DDP's launcher starts again, once per process
+    try:
+        _cli_class(words)(_name(argv))
+    finally:
+        sys.argv = before
 
 
 # ---- argv
@@ -48,7 +57,9 @@ def find_config(name: str) -> str:
     broken = load().records.get(plugin)
     if broken is not None and broken.error:
         raise ConfigError(f"config {name}: plugin {plugin} is installed but broken ({broken.error})")
-    raise ConfigError(f"no config file {name}{suggest(name, list(shipped)) or '; quire configs lists those of plugins'}")
+    raise ConfigError(
+        f"no config file {name}{suggest(name, list(shipped)) or '; quire configs lists those of plugins'}"
+    )
 
 
 def _config_files(argv: list[str]) -> list[str]:
@@ -94,7 +105,7 @@ def _name(argv: list[str]) -> str:
 
 
 # ---- Lightning
-def _cli_class() -> type:
+def _cli_class(words: set[str]) -> type:
     from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
 
     from quire.data import DataModule
@@ -103,13 +114,13 @@ def _cli_class() -> type:
 
     class Parser(LightningArgumentParser):
         def error(self, message: str, ex: Exception | None = None) -> NoReturn:
-            raise ConfigError(one_line(message)) from ex
+            raise ConfigError(one_line(message, words)) from ex
 
     class SaveConfig(SaveConfigCallback):
         """The full config beside the run's metrics; running again into the same folder replaces it."""
 
     class CLI(LightningCLI):
-        def __init__(self, run_name: str, args: list[str]) -> None:
+        def __init__(self, run_name: str) -> None:
             self.run_name = run_name
             super().__init__(
                 Model,
@@ -118,8 +129,7 @@ def _cli_class() -> type:
                 parser_class=Parser,
                 save_config_callback=SaveConfig,
                 save_config_kwargs={"overwrite": True},
-                trainer_defaults={"callbacks": []},
-                args=args,
+                seed_everything_default=0,
             )
 
         def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
@@ -153,7 +163,7 @@ def _cli_class() -> type:
             if self.subcommand == "fit" and not keeps and config.get("enable_checkpointing") is not False:
                 extra.append(ModelCheckpoint(save_last=True, save_on_exception=False))
             trainer = super().instantiate_trainer(**kwargs)
-            trainer.callbacks.extend(extra)
+            trainer.callbacks.extend(extra)  # type: ignore[attr-defined]
             return trainer
 
     return CLI
@@ -168,51 +178,93 @@ def newest_checkpoint(folder: Path) -> Path:
 
 
 # ---- errors
-_NOISE = re.compile(r"^(?:Parser key|Validation failed|Problem with given class_path|Unexpected|.*Union)", re.S)
+def one_line(message: str, words: set[str]) -> str:
+    """jsonargparse's report → the key, the reason and the nearest name.
 
+    The report names the outermost key, then one error per member of a union (``- objectives: Option 'x' is not
+    accepted``), each with the keys further inside.
 
-def one_line(message: str) -> str:
-    """jsonargparse's nested report → the key's path, the reason, the nearest name.
-
-    The report names a key per level (``Parser key "model.encoder"``), ends with the reason, and repeats it for
-    each member of a union.
+    Args:
+        message: What the parser says.
+        words: Scalars of the command line and YAML, to find the classes whose options are meant.
     """
-    keys = re.findall(r'[Pp]arser key "([^"]+)"', message)
-    key = ""
-    for part in keys:
-        key = part if not key or part.startswith(key) else f"{key}.{part}" if not key.endswith(part) else key
-    lines = [line.strip(" -") for line in message.strip().splitlines() if line.strip(" -")]
-    reasons = [ln for ln in lines if not ln.lower().startswith(("parser key", "from subcommand")) or ln is lines[-1]]
-    reason = _best_reason(reasons or lines)
-    reason = re.sub(r"^Parser key \"[^\"]+\":\s*", "", reason)
-    reason += _near(reason)
-    prefix = f"{key}: " if key and key not in reason else ""
-    return f"{prefix}{reason}".strip()
+    lines = [line.strip() for line in message.strip().splitlines() if line.strip()]
+    found = re.search(r'[Pp]arser key "([^"]+)"', message)
+    key = found.group(1) if found else ""
+    reasons = [
+        line.removeprefix("- ") for line in lines if not line.startswith(('Parser key "', "Subtypes:", "Given "))
+    ]
+    reasons = [r for r in reasons if not r.startswith(_EMPTY)] or lines[-1:]
+    reason = next((r for r in reasons if _meaning(r)), reasons[0])
+    inner = re.match(r"((?:[a-z_][\w.]*: )*)(.*)", reason, re.S)
+    assert inner is not None  # the pattern matches any text
+    path = ".".join([key, *(k for k in inner.group(1).split(": ") if k)]).strip(".")
+    return f"{path}: {_said(inner.group(2), words)}" if path else _said(inner.group(2), words)
 
 
-def _best_reason(lines: list[str]) -> str:
-    for wanted in ("is not a", "not accepted", "does not", "Unrecognized", "no subclass", "Group '", "required"):
-        for line in reversed(lines):
-            if wanted.lower() in line.lower():
-                return line
-    return lines[-1]
+_EMPTY = (
+    "Expected a <class 'NoneType'>",
+    "Does not validate",
+    "Errors:",
+    "Expected a path",
+    "Not a valid subclass",
+    "a class path (str)",
+)
 
 
-def _near(reason: str) -> str:
-    words = re.findall(r"[\"']([A-Za-z_][\w.]*)[\"']", reason)
+def _meaning(reason: str) -> bool:
+    return any(m in reason for m in ("is not accepted", "dot import path", "Got value", "are required", "not accept"))
+
+
+def _said(reason: str, words: set[str]) -> str:
+    if match := re.search(r"Option '([\w.]+)' is not accepted", reason):
+        return f"there is no option {match[1]!r} here{suggest(match[1], _options(words))}"
+    if match := re.search(r"does not accept option '([\w.]+)'", reason):
+        return f"there is no key {match[1]!r}{_near_key(match[1], words)}"
+    if match := re.search(r"[Uu]nrecognized arguments: (.*)", reason):
+        word = match[1].split()[0].partition("=")[0]
+        return f"there is no argument {word}{_near_key(word.lstrip('-'), words)}"
+    if match := re.search(r"dot import path string: (\S+)", reason):
+        return _not_here(match[1])
+    if match := re.search(r"arguments are required: (.*)", reason):
+        return f"{match[1]} is missing"
+    if match := re.search(r"Expected an? <class '(\w+)'>\. Got value: (.*)", reason):
+        return f"{match[2]!r} is not {'an' if match[1] == 'int' else 'a'} {match[1]}"
+    return reason
+
+
+def _near_key(key: str, words: set[str]) -> str:
+    top = ["model", "data", "trainer", "config", "ckpt_path", "seed_everything"]
+    head, _, rest = key.partition(".")
+    return suggest(rest.rpartition(".")[2], _options(words)) if head in top else suggest(head, top)
+
+
+def _not_here(word: str) -> str:
     registry = load().registry
-    for word in words:
-        if word[:1].isupper() and word not in registry.entries:
-            return suggest(word, list(registry.entries))
-    return ""
+    if word in registry.entries:
+        entry = registry.entries[word]
+        return f"{word} is a {' '.join([*entry.role, entry.kind]) if entry.kind == 'part' else entry.kind}, which can't stand here"
+    broken = [f"{r.name} ({r.error})" for r in load().records.values() if r.error]
+    hint = f"; broken plugins: {', '.join(broken)}" if broken else ""
+    wanted = os.environ.get("QUIRE_PLUGINS")
+    hint += f"; QUIRE_PLUGINS={wanted} leaves the others out" if wanted is not None else ""
+    near = suggest(word, list(registry.entries))
+    return f"no installed component is named {word}{near or '; quire components lists them'}{hint}"
 
 
-@contextlib.contextmanager
-def quiet() -> Iterator[None]:
-    """Silence deprecation notes between Lightning and jsonargparse, which the user can't act on."""
-    os.environ.setdefault("JSONARGPARSE_DEPRECATION_WARNINGS", "off")
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message=".*does not have many workers.*")
-        warnings.filterwarnings("ignore", message=".*_pytree.*")
-        yield
-    sys.stdout.flush()
+def _options(words: set[str]) -> list[str]:
+    """Names of the options of every component that the run names, of Model and of the Trainer."""
+    import inspect
+
+    from lightning.pytorch import Trainer
+
+    from quire.model import Model
+
+    registry = load().registry
+    classes = [registry.entries[w].load() for w in words if w in registry.entries]
+    found: dict[str, None] = {}
+    for cls in (*classes, Model, Trainer):
+        for base in cls.__mro__[:-1]:
+            if "__init__" in base.__dict__:
+                found |= dict.fromkeys(inspect.signature(base.__dict__["__init__"]).parameters)
+    return [n for n in found if n not in ("self", "args", "kwargs")]

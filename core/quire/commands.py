@@ -6,7 +6,6 @@ import argparse
 import json
 import re
 import sys
-from collections.abc import Callable
 from dataclasses import asdict
 from importlib.resources import files
 from pathlib import Path
@@ -140,7 +139,9 @@ def _machine_checks() -> list[tuple[str, bool, str]]:
     if torch.cuda.is_available():
         return [("machine", True, f"{torch.cuda.device_count()} x {torch.cuda.get_device_name()}")]
     flags = Path("/proc/cpuinfo").read_text() if Path("/proc/cpuinfo").is_file() else ""
-    slow = "" if "avx512_bf16" in flags or "amx_bf16" in flags else "; keep trainer.precision 32-true, bf16 is slow here"
+    slow = (
+        "" if "avx512_bf16" in flags or "amx_bf16" in flags else "; keep trainer.precision 32-true, bf16 is slow here"
+    )
     return [("machine", True, f"CPU, {torch.get_num_threads()} threads{slow}")]
 
 
@@ -156,7 +157,9 @@ def matrix(argv: list[str]) -> int:
         for slot in ("encoder", "decoder", "objective"):
             for given in by_kind[slot] if slot != needer.kind else ():
                 said = class_refusal(needer.load(), slot, given.load())
-                found.append({"part": needer.name, "slot": slot, "with": given.name, "fits": not said, "why": said or ""})
+                found.append(
+                    {"part": needer.name, "slot": slot, "with": given.name, "fits": not said, "why": said or ""}
+                )
     if options.json:
         print(json.dumps(found, indent=2))
         return 0
@@ -217,5 +220,3 @@ def _fill(text: str, words: dict[str, str]) -> str:
 
 def _camel(name: str) -> str:
     return "".join(part.capitalize() for part in name.split("-"))
-
-

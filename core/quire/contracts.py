@@ -36,7 +36,9 @@ class Spec(dict[str, Any]):
         """A size of the encoder's codes, ``width`` for one. Raises ``ConfigError`` when there is no such size."""
         codes = self.get("codes") or {}
         if codes.get(key) is None:
-            raise ConfigError(f"{type(asker).__name__} needs {key!r} of the encoder's codes, which say {codes or 'nothing'}")
+            raise ConfigError(
+                f"{type(asker).__name__} needs {key!r} of the encoder's codes, which say {codes or 'nothing'}"
+            )
         return codes[key]
 
     def need(self, key: str, asker: object) -> Any:
@@ -61,7 +63,7 @@ class _Recording(ABCMeta):
 
     @property
     def __signature__(cls) -> inspect.Signature:  # else inspect reports this metaclass' __call__
-        full = inspect.signature(cls.__init__)
+        full = inspect.signature(cls.__init__)  # type: ignore[misc]
         return full.replace(parameters=list(full.parameters.values())[1:])
 
     def __call__(cls, *args: Any, **kwargs: Any) -> Any:
@@ -295,4 +297,6 @@ def _plain(value: Any, where: str) -> Any:
         return [_plain(v, where) for v in value]
     if hasattr(value, "__fspath__"):
         return str(value)
-    raise ConfigError(f"{where} is a {type(value).__name__}, which a checkpoint can't keep: pass plain values or components")
+    raise ConfigError(
+        f"{where} is a {type(value).__name__}, which a checkpoint can't keep: pass plain values or components"
+    )

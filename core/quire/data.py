@@ -107,13 +107,13 @@ class Loader(DataLoader):
     _seen = 0
     _skip = 0
 
-    def __iter__(self) -> Iterator[Batch]:
+    def __iter__(self) -> Iterator[Batch]:  # type: ignore[override]
         skip, self._skip = self._skip, 0
         self._seen = skip
         sampler = self.sampler
         if isinstance(sampler, _Order):
             sampler.start = skip * (self.batch_size or 1)
-            getattr(self.dataset, "source", self.dataset).epoch = sampler.epoch  # type: ignore[attr-defined]
+            getattr(self.dataset, "source", self.dataset).epoch = sampler.epoch  # type: ignore[attr-defined, union-attr]
         for batch in super().__iter__():
             self._seen += 1
             yield batch
@@ -217,7 +217,7 @@ class DataModule(LightningDataModule):
             batch_size=size,
             sampler=order,
             num_workers=self.num_workers,
-            collate_fn=_same,
+            collate_fn=_same,  # type: ignore[arg-type]
             drop_last=shuffle,
             pin_memory=torch.cuda.is_available(),
         )

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from quire.contracts import SLOTS, Component, needed_roles
+from quire.contracts import SLOTS, Component, Encoder, needed_roles
 from quire.errors import ConfigError
 from quire.plugins import load
 
@@ -48,7 +48,7 @@ def _no_capability(needer: type, slot: str, given: Component | type | None) -> s
             return f"{needer.__name__} needs {capability!r} of model.{slot}, which is not set"
         if capability not in getattr(given, "capabilities", ()):
             name = given.__name__ if isinstance(given, type) else type(given).__name__
-            lacks = "does not offer it" if isinstance(given, type) else given.lacks(capability)
+            lacks = given.lacks(capability) if isinstance(given, Encoder) else "does not offer it"
             return f"{needer.__name__} needs {capability!r}; {name} {lacks}"
     return None
 

@@ -120,6 +120,7 @@ class Model(LightningModule):
 
     def setup(self, stage: str) -> None:
         """Check that the stage has what it needs and that the data offers the fields that are read."""
+        stage = str(getattr(stage, "value", stage))
         if stage == "predict" and self.sampler is None and self.encoder is None:
             raise ConfigError("predict needs model.sampler or model.encoder")
         if stage != "predict" and self.objective is None:
@@ -187,6 +188,7 @@ class Model(LightningModule):
         size = _batch_size(batch)
         self.log_dict({f"{stage}/{k}": v for k, v in values.items()}, batch_size=size, sync_dist=True, on_epoch=True)
         for metric in self.metrics:
+            assert isinstance(metric, Metric)
             metric.observe(self, batch, losses)
             name = getattr(metric, "label", type(metric).__name__)
             self.log(f"{stage}/{name}", metric, batch_size=size, on_epoch=True)
@@ -374,6 +376,7 @@ class Sum(Objective):
         joined = Losses({})
         weights: dict[str, float] = {}
         for objective, factor in zip(self.members, self.factors):
+            assert isinstance(objective, Objective)
             if objective is self.playing:
                 losses = objective(model, batch, player=player)
             elif player is None or player == self.players[0]:
@@ -399,7 +402,7 @@ class Sum(Objective):
 
     def role(self, role: type[Role]) -> Role | None:
         """The one member that has ``role``; None when none or several do."""
-        found = [r for o in self.members if (r := o.role(role)) is not None]
+        found = [r for o in self.members if isinstance(o, Objective) and (r := o.role(role)) is not None]
         return found[0] if len(found) == 1 else None
 
     playing: ClassVar[Any] = None

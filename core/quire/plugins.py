@@ -41,7 +41,7 @@ class Plugins:
 
     def configs(self) -> dict[str, Path]:
         """``plugin/name`` → the YAML file shipped in that plugin's package folder ``configs``."""
-        found = {}
+        found: dict[str, Path] = {}
         for record in self.records.values():
             if record.error is None and record.name != "core":
                 folder = _package_folder(record.module) / "configs"

@@ -106,7 +106,13 @@ class Registry:
 
 
 def _source(module: str) -> ast.Module | None:
-    spec = importlib.util.find_spec(module)
-    if spec is None or not spec.origin or not spec.origin.endswith(".py"):
+    """The parsed source, found by path: importing a parent package could import torch."""
+    top, *rest = module.split(".")
+    spec = importlib.util.find_spec(top)
+    if spec is None or not spec.origin:
         return None
-    return ast.parse(Path(spec.origin).read_text(encoding="utf-8"))
+    place = Path(spec.origin).parent.joinpath(*rest)
+    for file in (place.with_suffix(".py"), place / "__init__.py"):
+        if file.is_file():
+            return ast.parse(file.read_text(encoding="utf-8"))
+    return None

@@ -141,7 +141,11 @@ def reproduce(name: str, claim: Claim, options: argparse.Namespace) -> int:
     root.mkdir(parents=True, exist_ok=True)
     (root / "result.json").write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
     draw(claim, results, root / "result.png", report["verdict"])
-    print(json.dumps(report, indent=2) if options.json else text(report, results) + f"\nwrote {root}/result.json, result.png")
+    print(
+        json.dumps(report, indent=2)
+        if options.json
+        else text(report, results) + f"\nwrote {root}/result.json, result.png"
+    )
     return 1 if options.strict and report["verdict"] != "reproduced" else 0
 
 
@@ -178,7 +182,11 @@ def summarise(name: str, claim: Claim, results: Results, quick: bool) -> dict[st
         "budget": claim.budget + (" (quick: reduced, its verdict says little)" if quick else ""),
         "seeds": len(next(iter(results.values()))),
         "arms": {
-            arm: {m: {"mean": mean(results, arm, m), "sd": spread(results, arm, m)} for m in metrics if _has(results, arm, m)}
+            arm: {
+                m: {"mean": mean(results, arm, m), "sd": spread(results, arm, m)}
+                for m in metrics
+                if _has(results, arm, m)
+            }
             for arm in results
         },
         "bands": [{"text": b.text, "measured": b.measured, "needed": b.needed, "held": b.held} for b in bands],
@@ -198,7 +206,12 @@ def text(report: dict[str, Any], results: Results) -> str:
         [arm, *(f"{v[m]['mean']:.4g} ± {v[m]['sd']:.2g}" if m in v else "" for m in metrics)]
         for arm, v in report["arms"].items()
     ]
-    lines = [report["paper"], f"claim: {report['claim']}", f"budget: {report['budget']}; {report['seeds']} seeds, mean ± sd", ""]
+    lines = [
+        report["paper"],
+        f"claim: {report['claim']}",
+        f"budget: {report['budget']}; {report['seeds']} seeds, mean ± sd",
+        "",
+    ]
     lines += [table(rows, ["arm", *metrics]), ""]
     word = {True: "holds", False: "FAILS", None: "can't tell"}
     lines += [f"{word[b['held']]}: {b['text']}: {b['measured']:.4g}, needed {b['needed']}" for b in report["bands"]]

@@ -80,6 +80,14 @@ def crop_random(image: Tensor, size: tuple[int, int], generator: torch.Generator
     return image[..., top : top + size[0], left : left + size[1]]
 
 
+def channels_first(images: np.ndarray | Tensor) -> Tensor:
+    """[N,H,W], [N,H,W,C] or [N,C,H,W] → [N,C,H,W]."""
+    held = torch.as_tensor(images)
+    if held.ndim == 3:
+        return held[:, None]
+    return held.permute(0, 3, 1, 2).contiguous() if held.shape[-1] in (1, 3) else held
+
+
 class Pixels(Fields):
     """In-memory images kept as bytes; a batch is made float, resized and recoloured when it is fetched."""
 
@@ -100,73 +108,98 @@ class Pixels(Fields):
         return Pixels(self.size, self.channels, **{k: v[indices] for k, v in self.tensors.items()})
 
 
-class Pictures(Dataset):
-    """Images read (or cut out of images held in memory) one by one.
+class Source:
+    """Images that are read one by one. Subclass it and write ``read``.
 
     Args:
-        sources: Files, or images [C,H,W] as bytes or floats.
-        labels: One class each, or None.
+        names: What each image is called in messages: file names.
+        labels: One class each, where they are known without reading.
+    """
+
+    def __init__(self, names: Sequence[object], labels: Tensor | None = None) -> None:
+        self.names, self.labels = names, labels
+
+    def read(self, i: int) -> tuple[Tensor, int | None]:
+        """Image ``i`` [C,H,W] as bytes or floats, and its class if it has one."""
+        raise NotImplementedError
+
+
+class Files(Source):
+    """Image files. Args as ``Source``; ``channels`` is 1 or 3."""
+
+    def __init__(self, files: Sequence[Path], labels: Tensor | None, channels: int) -> None:
+        super().__init__(files, labels)
+        self.files, self.channels = files, channels
+
+    def read(self, i: int) -> tuple[Tensor, int | None]:
+        """One file, decoded."""
+        return read_image(self.files[i], self.channels), None if self.labels is None else int(self.labels[i])
+
+
+class Pictures(Dataset):
+    """Samples read, or cut out of images, one by one.
+
+    Args:
+        source: Where images come from.
         size: Height and width of a sample in pixels; None takes images as they are.
         channels: 1 or 3.
         fit: ``"crop"`` scales and takes the middle, ``"stretch"`` ignores the aspect, ``"random"`` cuts at random.
         scale: Factor on both sides before anything is cut.
-        repeat: Samples per image.
         seed: Seed of random cuts, which depend on (seed, epoch, place in the set) alone.
         fresh: Whether random cuts change from epoch to epoch.
+        places: The images in use, repeated where several samples come from one; default each once.
     """
 
     epoch = 0
 
     def __init__(
         self,
-        sources: Sequence[Path | Tensor],
-        labels: Tensor | None,
+        source: Source,
         size: tuple[int, int] | None,
         channels: int,
         fit: str = "crop",
         scale: float = 1.0,
-        repeat: int = 1,
         seed: int = 0,
         fresh: bool = False,
+        places: Tensor | None = None,
     ) -> None:
-        self.sources, self.labels = list(sources), labels
-        self.size, self.channels, self.fit, self.scale = size, channels, fit, scale
-        self.repeat, self.seed, self.fresh = repeat, seed, fresh
+        self.source, self.size, self.channels, self.fit, self.scale = source, size, channels, fit, scale
+        self.seed, self.fresh = seed, fresh
+        self.places = torch.arange(len(source.names)) if places is None else places
 
     def __len__(self) -> int:
-        return len(self.sources) * self.repeat
+        return len(self.places)
+
+    @property
+    def labels(self) -> Tensor | None:
+        """One class a sample, where they are known without reading."""
+        return None if self.source.labels is None else self.source.labels[self.places]
 
     def __getitem__(self, i: int) -> Batch:
-        source = self.sources[i % len(self.sources)]
-        image = read_image(source, self.channels) if isinstance(source, Path) else source
-        sample: Batch = {"image": self._fitted(finish(image, None, self.channels), i, source)}
-        if self.labels is not None:
-            sample["label"] = self.labels[i % len(self.sources)]
-        return sample
-
-    def _fitted(self, image: Tensor, i: int, source: Path | Tensor) -> Tensor:
+        place = int(self.places[i])
+        image, label = self.source.read(place)
+        image = finish(image, None, self.channels)
         if self.scale != 1:
             image = finish(image, (round(image.shape[-2] * self.scale), round(image.shape[-1] * self.scale)))
+        sample: Batch = {"image": self._fitted(image, i, place)}
+        return sample if label is None else {**sample, "label": torch.tensor(label)}
+
+    def _fitted(self, image: Tensor, i: int, place: int) -> Tensor:
         if self.size is None:
             return image
         if self.fit == "crop":
             return crop_shorter(image, self.size)
         if self.fit == "stretch":
             return finish(image, self.size)
-        height, width = image.shape[-2:]
-        if height < self.size[0] or width < self.size[1]:
-            name = source if isinstance(source, Path) else "a held-out region"
-            raise ConfigError(
-                f"{name} is {height}x{width} after scaling, too small for crops of {self.size[0]}x{self.size[1]}: "
-                "lower data.size"
-            )
+        (height, width), (h, w) = image.shape[-2:], self.size
+        if height < h or width < w:
+            name = self.source.names[place]
+            raise ConfigError(f"{name} offers {height}x{width} pixels, too few for crops of {h}x{w}: lower data.size")
         key = mix(self.seed, self.epoch if self.fresh else 0, i)
         return crop_random(image, self.size, torch.Generator().manual_seed(key))
 
     def take(self, indices: Tensor) -> Pictures:
-        """Some of the images; ``repeat`` stays 1."""
-        labels = None if self.labels is None else self.labels[indices]
-        chosen = [self.sources[int(i)] for i in indices]
+        """The samples at ``indices``; an index may come more than once."""
         return Pictures(
-            chosen, labels, self.size, self.channels, self.fit, self.scale, 1, self.seed, self.fresh
+            self.source, self.size, self.channels, self.fit, self.scale, self.seed, self.fresh, self.places[indices]
         )
