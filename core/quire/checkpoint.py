@@ -205,32 +205,30 @@ def load(path: str | Path) -> Model:
 
 
 def compare(model: Model, content: Mapping[str, Any]) -> None:
-    """Raise ``ConfigError`` when a checkpoint's parts or sizes are not this model's, naming the first difference."""
+    """Raise ``ConfigError`` when a checkpoint's weights are not this model's, naming the first difference."""
     if "quire" not in content:
         raise ConfigError("not a Quire checkpoint: it has no record of its parts")
     theirs, ours = content.get("hyper_parameters", {}), describe(model)
-    for slot in ("encoder", "decoder"):
+    weights, wanted = _shapes(content["state_dict"]), _shapes(model.state_dict())
+    for slot in ("encoder", "decoder") if weights == wanted else ("encoder", "decoder", "objective"):
         a, b = theirs.get(slot) or {}, ours.get(slot) or {}
         if a.get("class_path") != b.get("class_path"):
             raise ConfigError(
                 f"the checkpoint's {slot} is {_short(a)}, this run's is {_short(b)}: use the YAML it was trained with"
             )
-        for key in sorted({*(a.get("init_args") or {}), *(b.get("init_args") or {})}):
-            x, y = (a.get("init_args") or {}).get(key), (b.get("init_args") or {}).get(key)
-            if x != y and not isinstance(x, dict) and key in (a.get("init_args") or {}):
-                shapes = _shapes(content.get("state_dict", {})) != _shapes(model.state_dict())
-                if shapes:
-                    raise ConfigError(f"the checkpoint's {slot}.{key} is {x}, this run's is {y}: make them agree")
-    missing = set(model.state_dict()) ^ set(content.get("state_dict", {}))
-    if missing:
-        name = sorted(missing)[0]
-        where = "the checkpoint" if name in content.get("state_dict", {}) else "this run"
-        raise ConfigError(f"only {where} has the weight {name}: use the YAML that the checkpoint was trained with")
-    clash = sorted(set(_shapes(content["state_dict"]).items()) ^ set(_shapes(model.state_dict()).items()))
-    if clash:
-        name = clash[0][0]
-        a, b = list(content["state_dict"][name].shape), list(model.state_dict()[name].shape)
-        raise ConfigError(f"the weight {name} is {a} in the checkpoint and {b} in this run: make the sizes agree")
+        arguments, given = a.get("init_args") or {}, b.get("init_args") or {}
+        for key in sorted(arguments) if weights != wanted else ():
+            if arguments[key] != given.get(key, arguments[key]) and not isinstance(arguments[key], (dict, list)):
+                raise ConfigError(
+                    f"the checkpoint's {slot}.{key} is {arguments[key]}, this run's is {given[key]}: make them agree"
+                )
+    for name in sorted({*weights, *wanted}):
+        if name not in weights or name not in wanted:
+            where = "the checkpoint" if name in weights else "this run"
+            raise ConfigError(f"only {where} has the weight {name}: use the YAML that the checkpoint was trained with")
+        if weights[name] != wanted[name]:
+            a, b = list(weights[name]), list(wanted[name])
+            raise ConfigError(f"the weight {name} is {a} in the checkpoint and {b} in this run: make the sizes agree")
 
 
 def _short(what: Mapping[str, Any]) -> str:

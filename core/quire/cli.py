@@ -22,7 +22,8 @@ def run(argv: list[str]) -> None:
     argv = _configs(argv)
     words = set(_words(argv))
     load().registry.import_named(words)
-    warnings.filterwarnings("ignore", message=".*does not have many workers.*")
+    for known in (".*does not have many workers.*", ".*in eval mode at the start of training.*", ".*LeafSpec.*"):
+        warnings.filterwarnings("ignore", message=known)
     logging.getLogger("lightning.pytorch.utilities.rank_zero").addFilter(
         lambda record: "Tip:" not in record.getMessage()
     )
@@ -243,7 +244,8 @@ def _not_here(word: str) -> str:
     registry = load().registry
     if word in registry.entries:
         entry = registry.entries[word]
-        return f"{word} is a {' '.join([*entry.role, entry.kind]) if entry.kind == 'part' else entry.kind}, which can't stand here"
+        kind = " ".join([*entry.role, "part"]) if entry.kind == "part" else entry.kind
+        return f"{word} is a {kind}, which can't stand here"
     broken = [f"{r.name} ({r.error})" for r in load().records.values() if r.error]
     hint = f"; broken plugins: {', '.join(broken)}" if broken else ""
     wanted = os.environ.get("QUIRE_PLUGINS")

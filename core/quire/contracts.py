@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import inspect
 from abc import ABCMeta
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, fields
 from typing import TYPE_CHECKING, Any, ClassVar, TypeAlias, TypeVar
 
@@ -104,15 +104,13 @@ class Component(nn.Module, metaclass=_Recording):
 
     def build(self, spec: Spec) -> None:
         """Make what depends on the data. Called once. The default builds the parts inside, in order."""
-        for child in self.children():
-            if isinstance(child, Component) and not child.built:
-                build(child, spec)
+        for child in inner(self):
+            build(child, spec)
 
     def bind(self, model: Model) -> None:
         """Receive the model once everything is built. Keep siblings by ``refer``, never as submodules."""
-        for child in self.children():
-            if isinstance(child, Component):
-                child.bind(model)
+        for child in inner(self):
+            child.bind(model)
 
     def check(self, model: Model) -> None:
         """Raise ``ConfigError`` if ``model``'s parts can't serve this one. Called when Model is made, unbuilt."""
@@ -137,6 +135,15 @@ class Component(nn.Module, metaclass=_Recording):
     def train(self, mode: bool = True) -> Component:
         """As in torch; a frozen component stays in eval mode."""
         return super().train(mode and not self.frozen)
+
+
+def inner(module: nn.Module) -> Iterator[Component]:
+    """The nearest components inside ``module``, in order, through containers such as ModuleList."""
+    for child in module.children():
+        if isinstance(child, Component):
+            yield child
+        else:
+            yield from inner(child)
 
 
 def build(component: Component, spec: Spec) -> None:
@@ -266,7 +273,7 @@ def needed_roles(cls: type) -> dict[str, type]:
         if base in (Component, nn.Module) or base.__module__.startswith(("torch", "lightning")):
             continue
         module = inspect.getmodule(base)
-        for name, annotation in base.__dict__.get("__annotations__", {}).items():
+        for name, annotation in inspect.get_annotations(base).items():
             if name in SLOTS:
                 role = getattr(module, annotation, None) if isinstance(annotation, str) else annotation
                 if not isinstance(role, type):

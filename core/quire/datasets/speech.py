@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import re
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from math import gcd
 from pathlib import Path
 from typing import Any
@@ -189,6 +189,24 @@ class SpeechFolder(Speech):
         return torch.from_numpy(changed.astype(np.float32)).clamp(-1, 1)
 
 
+_CONTOURS: dict[str, Callable[[Tensor], Tensor]] = {
+    "rising": lambda u: u,
+    "falling": lambda u: 1 - u,
+    "arched": lambda u: 4 * u * (1 - u),
+    "dipped": lambda u: 1 - 4 * u * (1 - u),
+    "stepping": lambda u: (4 * u).floor() / 3,
+    "waving": lambda u: torch.sin(6 * torch.pi * u) / 2 + 0.5,
+}
+
+
+def _contour(label: Tensor, place: Tensor) -> Tensor:
+    """Octaves above the base pitch, [N,S]; ``place`` is 0..1 over the clip."""
+    octaves = torch.empty_like(place)
+    for kind, curve in enumerate(_CONTOURS.values()):
+        octaves[label == kind] = 1.5 * curve(place[label == kind])
+    return octaves
+
+
 class SpeechTones(Speech):
     """Synthetic: generated chirps, one pitch contour a class, in every install. No speech is in it.
 
@@ -208,7 +226,7 @@ class SpeechTones(Speech):
         ConfigError: ``length`` below 24, or a rate too low for the pitch.
     """
 
-    classes = ("rising", "falling", "arched", "dipped", "stepping", "waving")
+    classes = tuple(_CONTOURS)
 
     def __init__(
         self,
@@ -246,22 +264,13 @@ class SpeechTones(Speech):
         label = torch.arange(count) % len(self.classes)
         lengths = (uniform(0.7, 1.0)[:, 0] * self.samples).long()
         time = torch.arange(self.samples)
-        place = time / lengths[:, None]  # 0..1 over the clip
+        place = time / lengths[:, None]
         pitch = uniform(200, 400) * 2 ** _contour(label, place)  # Hz
-        phase = 2 * torch.pi * (pitch.double().cumsum(1) / self.rate + uniform(0, 1))
-        tone = sum(uniform(0.5, 1.0) / k * torch.sin(k * phase).float() for k in (1, 2, 3))
+        turns = (pitch.double().cumsum(1) / self.rate % 1).float() + uniform(0, 1)
+        tone = sum(uniform(0.5, 1.0) / k * torch.sin(2 * torch.pi * k * turns) for k in (1, 2, 3))
         loudness = uniform(0.1, 0.3) * (1 + 0.3 * torch.sin(2 * torch.pi * (place * 3 + uniform(0, 1))))
         sound = loudness * tone + 0.005 * torch.randn(count, self.samples, generator=generator)
         return (sound * (time < lengths[:, None])).clamp(-1, 1), lengths, label
-
-
-def _contour(label: Tensor, place: Tensor) -> Tensor:
-    """Octaves above the base pitch, [N,S]."""
-    arch = 4 * place * (1 - place)
-    wave_ = torch.sin(6 * torch.pi * place) / 2 + 0.5
-    step = (place * 4).floor() / 3
-    curves = torch.stack([place, 1 - place, arch, 1 - arch, step, wave_])
-    return 1.5 * curves[label, torch.arange(len(label))]
 
 
 _TINY = {

@@ -280,7 +280,7 @@ class BlockMask(Masking):
         while left:
             fresh: list[int] = []
             for _ in range(self.attempts):
-                area, ratio = rng.uniform(self.min_block, left), math.exp(rng.uniform(low, high))
+                area, ratio = rng.uniform(min(self.min_block, left), left), math.exp(rng.uniform(low, high))
                 h, w = max(1, round(math.sqrt(area * ratio))), max(1, round(math.sqrt(area / ratio)))
                 if h >= height or w >= width:
                     continue

@@ -1,0 +1,85 @@
+"""Vector codes without parameters of their own: raw pixels, and the tokens of another encoder pooled."""
+
+from __future__ import annotations
+
+import math
+from typing import Any, Literal
+
+from torch import nn
+
+from quire.contracts import Batch, Role, Spec, build
+from quire.errors import ConfigError
+from quire.roles.latent.contract import VectorCodes, VectorEncoder, data_shape, read_data
+from quire.roles.tokens.contract import TokenEncoder
+
+
+class FlatPixels(VectorEncoder):
+    """The pixels themselves as code: no parameters.
+
+    Returns:
+        VectorCodes of width C*H*W, in the order of the image's memory.
+    """
+
+    fields = ("image",)
+
+    @classmethod
+    def tiny(cls) -> dict[str, Any]:
+        """Classify raw pixels."""
+        return {"model": {"encoder": "FlatPixels", "objective": "Classify"}, "data": "Digits"}
+
+    def build(self, spec: Spec) -> None:
+        """Note the size."""
+        self.shape = data_shape(spec, self, "image")
+        self.width = math.prod(self.shape)
+
+    def forward(self, batch: Batch) -> VectorCodes:
+        """Image [B,C,H,W] → [B,C*H*W]."""
+        return VectorCodes(read_data(batch, self.shape, self).flatten(1))
+
+
+class Pooled(VectorEncoder):
+    """One vector out of a TokenEncoder's tokens.
+
+    Args:
+        encoder: A TokenEncoder; it stays reachable for objectives that ask for one.
+        pooling: ``"mean"`` over the real tokens, prefix and padding excluded; ``"class"``: the first prefix token.
+
+    Returns:
+        VectorCodes of the encoder's width.
+
+    Raises:
+        ConfigError: class pooling of an encoder without a class token (the encoder is named).
+    """
+
+    def __init__(self, encoder: TokenEncoder, pooling: Literal["mean", "class"] = "mean") -> None:
+        super().__init__()
+        if pooling not in ("mean", "class"):
+            raise ConfigError(f"Pooled.pooling must be mean or class, got {pooling!r}")
+        self.encoder, self.pooling = encoder, pooling
+
+    @classmethod
+    def tiny(cls) -> dict[str, Any]:
+        """Classify the mean of a small ViT's tokens."""
+        vit = {"class_path": "ViTEncoder", "init_args": {"patch": 2, "width": 16, "depth": 1, "heads": 2}}
+        encoder = {"class_path": "Pooled", "init_args": {"encoder": vit}}
+        return {"model": {"encoder": encoder, "objective": "Classify"}, "data": "Digits"}
+
+    def build(self, spec: Spec) -> None:
+        """Build the inner encoder."""
+        build(self.encoder, spec)
+        if self.pooling == "class" and not self.encoder.prefix_tokens:
+            name = type(self.encoder).__name__
+            raise ConfigError(f"Pooled: {name} has no class token: set its class_token: true, or pooling: mean")
+        self.width = int(self.encoder.sizes()["width"])
+
+    def forward(self, batch: Batch) -> VectorCodes:
+        """Tokens [B,T,D] → [B,D]."""
+        return VectorCodes(self.encoder(batch).pooled(self.pooling))
+
+    def role(self, role: type[Role]) -> Role | None:
+        """Itself, or what the inner encoder offers."""
+        return self if isinstance(self, role) else self.encoder.role(role)
+
+    def layers(self) -> list[nn.Module]:
+        """The inner encoder's."""
+        return self.encoder.layers()
