@@ -19,7 +19,6 @@ $(STAMP): pyproject.toml $(patsubst %,plugins/%/pyproject.toml,$(PLUGINS))
 
 demo: $(STAMP)
 	$(BIN)/lightning fit -c configs/quickstart.yaml
-	@$(BIN)/python -m quire.demo runs/quickstart
 
 test: $(STAMP)
 ifdef plugin
@@ -41,7 +40,7 @@ bench: $(STAMP)
 	$(BIN)/python -m tests.benchmarks $(if $(peers),--peers)
 
 reproduce: $(STAMP)
-	$(BIN)/quire reproduce $(if $(plugin),$(plugin),--all) $(if $(quick),--quick)
+	$(BIN)/quire reproduce $(plugin) $(if $(quick),--quick)
 
 clean:
 	rm -rf $(VENV) runs site

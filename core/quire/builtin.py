@@ -6,55 +6,52 @@ from collections.abc import Callable
 
 from quire.hooks import hookimpl
 
-TABLE: dict[str, list[tuple[str, str, tuple[str, ...]]]] = {
-    "quire.model": [("Sum", "objective", ())],
-    "quire.checkpoint": [("Pretrained", "part", ("pretrained",))],
-    "quire.schedule": [("WarmupCosine", "part", ("schedule",)), ("Constant", "part", ("schedule",))],
-    "quire.datasets.images": [
-        ("Digits", "data", ()),
-        ("TorchvisionImages", "data", ()),
-        ("ImageFolder", "data", ()),
-        ("NpzImages", "data", ()),
-        ("SampleImages", "data", ()),
-    ],
-    "quire.datasets.speech": [("SpeechFolder", "data", ()), ("SpeechTones", "data", ())],
-    "quire.roles.tokens.vit": [("ViTEncoder", "encoder", ("TokenEncoder",))],
-    "quire.roles.tokens.timm": [("TimmViT", "encoder", ("TokenEncoder",))],
-    "quire.roles.tokens.frames": [("FrameEncoder", "encoder", ("TokenEncoder",))],
-    "quire.roles.tokens.text": [("TextEncoder", "encoder", ("TokenEncoder",))],
-    "quire.roles.tokens.reconstruct": [
-        ("GridDecoder", "decoder", ()),
-        ("MaskedReconstruction", "objective", ()),
-        ("PatchPixels", "part", ("target",)),
-    ],
-    "quire.roles.masking": [
-        (name, "part", ("masking",)) for name in ("RandomMask", "BlockMask", "SpanMask", "GridMask", "ContextSubset")
-    ],
-    "quire.roles.probes": [
-        ("Classify", "objective", ()),
-        ("KNNProbe", "callback", ()),
-        ("LinearProbe", "callback", ()),
-        ("AttentiveProbe", "callback", ()),
-        ("Health", "callback", ()),
-    ],
-    "quire.roles.latent": [
-        ("ConvVectorEncoder", "encoder", ("VectorEncoder",)),
-        ("MlpVectorEncoder", "encoder", ("VectorEncoder",)),
-        ("FlatPixels", "encoder", ("VectorEncoder",)),
-        ("PCAEncoder", "encoder", ("VectorEncoder",)),
-        ("Pooled", "encoder", ("VectorEncoder",)),
-        ("ConvVectorDecoder", "decoder", ("PixelDecoder",)),
-        ("MlpVectorDecoder", "decoder", ("PixelDecoder",)),
-    ],
-}
+COMPONENTS: list[tuple[str, str, str | tuple[str, ...]]] = [
+    ("model.Sum", "objective", ()),
+    ("checkpoint.Pretrained", "part", "pretrained"),
+    ("schedule.WarmupCosine", "part", "schedule"),
+    ("schedule.Constant", "part", "schedule"),
+    ("datasets.images.Digits", "data", ()),
+    ("datasets.images.TorchvisionImages", "data", ()),
+    ("datasets.folder.ImageFolder", "data", ()),
+    ("datasets.npz.NpzImages", "data", ()),
+    ("datasets.samples.SampleImages", "data", ()),
+    ("datasets.speech.SpeechFolder", "data", ()),
+    ("datasets.speech.SpeechTones", "data", ()),
+    ("datasets.logmel.LogMel", "part", "frontend"),
+    ("roles.tokens.vit.ViTEncoder", "encoder", "TokenEncoder"),
+    ("roles.tokens.timm.TimmViT", "encoder", "TokenEncoder"),
+    ("roles.tokens.frames.FrameEncoder", "encoder", "TokenEncoder"),
+    ("roles.tokens.text.TextEncoder", "encoder", "TokenEncoder"),
+    ("roles.tokens.reconstruct.GridDecoder", "decoder", ()),
+    ("roles.tokens.reconstruct.MaskedReconstruction", "objective", ()),
+    ("roles.tokens.reconstruct.PatchPixels", "part", "target"),
+    ("roles.masking.RandomMask", "part", "masking"),
+    ("roles.masking.BlockMask", "part", "masking"),
+    ("roles.masking.SpanMask", "part", "masking"),
+    ("roles.masking.GridMask", "part", "masking"),
+    ("roles.masking.ContextSubset", "part", "masking"),
+    ("roles.probes.classify.Classify", "objective", ()),
+    ("roles.probes.knn.KNNProbe", "callback", ()),
+    ("roles.probes.linear.LinearProbe", "callback", ()),
+    ("roles.probes.attentive.AttentiveProbe", "callback", ()),
+    ("roles.probes.health.Health", "callback", ()),
+    ("roles.latent.conv.ConvVectorEncoder", "encoder", "VectorEncoder"),
+    ("roles.latent.mlp.MlpVectorEncoder", "encoder", "VectorEncoder"),
+    ("roles.latent.plain.FlatPixels", "encoder", "VectorEncoder"),
+    ("roles.latent.pca.PCAEncoder", "encoder", "VectorEncoder"),
+    ("roles.latent.plain.Pooled", "encoder", "VectorEncoder"),
+    ("roles.latent.conv.ConvVectorDecoder", "decoder", "PixelDecoder"),
+    ("roles.latent.mlp.MlpVectorDecoder", "decoder", "PixelDecoder"),
+    ("roles.reconstruction.Reconstruction", "objective", ()),
+]
 
 
 @hookimpl
 def quire_components(register: Callable) -> None:
     """Core's components."""
-    for module, rows in TABLE.items():
-        for name, kind, role in rows:
-            register(f"{module}.{name}", kind, role)
+    for path, kind, role in COMPONENTS:
+        register(f"quire.{path}", kind, role)
 
 
 @hookimpl
@@ -67,4 +64,4 @@ def quire_commands(register: Callable) -> None:
     register("matrix", "quire.commands.matrix", "which parts fit which")
     register("new", "quire.commands.new", "start a plugin of your own")
     register("reproduce", "quire.reproduce.main", "run a plugin's claim against its controls")
-    register("probe", "quire.roles.probes.main", "judge a checkpoint's frozen encoder")
+    register("probe", "quire.roles.probes.command.main", "judge a checkpoint's frozen encoder")

@@ -101,6 +101,9 @@ def _name(argv: list[str]) -> str:
     if not files:
         return "run"
     path = Path(files[-1]).resolve()
+    if path.name == "config.yaml" and path.parent.name.startswith("version_") and "runs" in path.parts:
+        inside = path.parts[path.parts.index("runs") + 1 : -2]  # a run's saved config goes on under its name
+        return "/".join(inside) or "run"
     shipped = {p.resolve(): n for n, p in load().configs().items()}
     return shipped.get(path, path.stem)
 
@@ -167,7 +170,19 @@ def _cli_class(words: set[str]) -> type:
             trainer.callbacks.extend(extra)  # type: ignore[attr-defined]
             return trainer
 
+        def after_fit(self) -> None:
+            if self.trainer.is_global_zero and self.trainer.log_dir:
+                for line in written(Path(self.trainer.log_dir)):
+                    print(line)
+
     return CLI
+
+
+def written(folder: Path) -> list[str]:
+    """What a run left behind, one line a file, pictures and tables first."""
+    order = [".png", ".html", ".csv", ".json", ".jsonl", ".safetensors", ".yaml", ".ckpt"]
+    found = [p for p in folder.rglob("*") if p.suffix in order]
+    return [f"wrote {p}" for p in sorted(found, key=lambda p: (order.index(p.suffix), str(p)))]
 
 
 def newest_checkpoint(folder: Path) -> Path:

@@ -23,6 +23,6 @@ def suggest(word: str, known: list[str] | tuple[str, ...]) -> str:
     """``'; did you mean X?'`` with the nearest of ``known``, or an empty string."""
     from difflib import get_close_matches
 
-    lower = {name.lower(): name for name in known}
+    lower = {name.lower(): name for name in known if name != word}
     near = [lower[n] for n in get_close_matches(word.lower(), list(lower), n=2, cutoff=0.6)]
     return f"; did you mean {' or '.join(near)}?" if near else ""

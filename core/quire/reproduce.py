@@ -97,7 +97,7 @@ def verdict(bands: list[Band]) -> str:
 def main(argv: list[str]) -> int:
     """``quire reproduce PLUGIN``. Exit code 0 for any honest verdict, 1 when an arm could not run."""
     parser = Arguments(prog="quire reproduce", description="run a plugin's claim against its controls")
-    parser.add_argument("plugin")
+    parser.add_argument("plugin", nargs="?", help="default: every plugin that registers a claim")
     parser.add_argument("--seeds", type=int, help="number of seeds")
     parser.add_argument("--arms", help="comma list of optional arm sets to add, for instance long")
     parser.add_argument("--quick", action="store_true", help="fewer seeds and steps: shows that it runs")
@@ -107,11 +107,11 @@ def main(argv: list[str]) -> int:
     parser.add_argument("--json", action="store_true", help="print the result as JSON only")
     options = parser.parse_args(argv)
     claims = load().claims
-    if options.plugin not in claims:
+    if options.plugin is not None and options.plugin not in claims:
         known = suggest(options.plugin, list(claims)) or f"; there are {', '.join(sorted(claims)) or 'none'}"
         raise ConfigError(f"no claim is registered for {options.plugin}{known}")
-    claim: Claim = load_object(claims[options.plugin][0])()
-    return reproduce(options.plugin, claim, options)
+    names = [options.plugin] if options.plugin else sorted(claims)
+    return max([reproduce(name, load_object(claims[name][0])(), options) for name in names], default=0)
 
 
 def reproduce(name: str, claim: Claim, options: argparse.Namespace) -> int:

@@ -22,13 +22,16 @@ def write_idx(file: Path, array: np.ndarray, packed: bool = False) -> None:
     file.write_bytes(gzip.compress(content) if packed else content)
 
 
-def write_mnist(folder: Path, packed: bool = False) -> None:
+def mnist_images() -> dict[str, np.ndarray]:
     draw = np.random.default_rng(0)
+    return {prefix: draw.integers(0, 256, (n, 6, 5), dtype=np.uint8) for prefix, n in (("train", 40), ("t10k", 20))}
+
+
+def write_mnist(folder: Path, packed: bool = False) -> None:
     end = ".gz" if packed else ""
-    for prefix, count in (("train", 40), ("t10k", 20)):
-        images = draw.integers(0, 256, (count, 6, 5), dtype=np.uint8)
+    for prefix, images in mnist_images().items():
         write_idx(folder / f"{prefix}-images-idx3-ubyte{end}", images, packed)
-        write_idx(folder / f"{prefix}-labels-idx1-ubyte{end}", np.arange(count, dtype=np.uint8) % 4, packed)
+        write_idx(folder / f"{prefix}-labels-idx1-ubyte{end}", np.arange(len(images), dtype=np.uint8) % 4, packed)
 
 
 def test_expand_knows_the_data_folder_home_and_names_an_unset_variable(
@@ -107,9 +110,7 @@ def test_idx_files_are_read_offline_raw_or_gzipped(tmp_path: Path, place: str, p
     data = TorchvisionImages("MNIST", root=str(tmp_path), batch_size=8)
     batch = next(iter(data.loader("test")))
     check_batch(batch)
-    expected = np.random.default_rng(0)
-    expected.integers(0, 256, (40, 6, 5), dtype=np.uint8)
-    assert torch.allclose(batch["image"][:, 0], torch.from_numpy(expected.integers(0, 256, (20, 6, 5))[:8]) / 255.0)
+    assert torch.equal(batch["image"][:, 0], torch.from_numpy(mnist_images()["t10k"][:8]) / 255)
     assert data.spec == {"image_size": [6, 5], "channels": 1, "classes": 4}
     assert [len(data.dataset(n)) for n in ("train", "test")] == [40, 20]
 

@@ -44,10 +44,10 @@ class LogMel(Part):
 
     Args:
         sample_rate: In Hz; null takes the data's.
-        window: Window in milliseconds (Hann); with ``overlap: false`` it is the hop.
+        window: Window in milliseconds (Hann); with ``overlap: false`` the window is the hop.
         hop: Step from frame to frame in milliseconds.
         bands: Mel bands; null is 80, or 40 up to 8 kHz.
-        fft: Points of the Fourier transform; null is the next power of two from the window.
+        fft: Points of the Fourier transform; null is the next power of two from ``window``, with or without overlap.
         overlap: Whether windows reach over frame borders.
         normalise: Whether each utterance gets mean 0 and variance 1 per band, over its real frames.
 
@@ -91,12 +91,13 @@ class LogMel(Part):
         """Make the window and the bank for ``spec["sample_rate"]``."""
         rate = spec.agree("sample_rate", self.sample_rate, self)
         self.hop = round(rate * self.hop_ms / 1000)
-        self.window = round(rate * self.window_ms / 1000) if self.overlap else self.hop
+        nominal = round(rate * self.window_ms / 1000)
+        self.window = nominal if self.overlap else self.hop
         if min(self.hop, self.window) < 1:
             raise ConfigError(
                 f"LogMel.window and hop must be at least a sample, got {self.window_ms}, {self.hop_ms} ms"
             )
-        self.points = self.fft or 2 ** math.ceil(math.log2(self.window))
+        self.points = self.fft or 2 ** math.ceil(math.log2(max(nominal, self.window)))
         if self.points < self.window:
             raise ConfigError(f"LogMel.fft={self.points} is below the window of {self.window} samples: raise it")
         self.width = self.bands or (80 if rate > 8000 else 40)  # [I] 40 at 8 kHz

@@ -3,11 +3,11 @@
 import numpy as np
 import pytest
 import torch
-from quire_prototypes.transforms import ElasticDeformation, deform, smooth
 from scipy.ndimage import gaussian_filter, map_coordinates
 
 from quire.data import DataModule, Fields
 from quire.errors import ConfigError
+from quire_prototypes.transforms import ElasticDeformation, deform, smooth
 
 
 def images(count=3, channels=1, height=28, width=28):
@@ -72,7 +72,11 @@ def test_evaluation_batches_are_not_deformed():
         def sizes(self):
             return {"image_size": [28, 28], "channels": 1}
 
-    data, batch, generator = Data(batch_size=1, transforms=[ElasticDeformation()]), {"image": images()}, torch.Generator()
+    data, batch, generator = (
+        Data(batch_size=1, transforms=[ElasticDeformation()]),
+        {"image": images()},
+        torch.Generator(),
+    )
     assert data.transform(batch, generator, training=False)["image"] is batch["image"]
     assert not torch.equal(data.transform(batch, generator, training=True)["image"], batch["image"])
 

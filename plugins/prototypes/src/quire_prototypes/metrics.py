@@ -9,8 +9,7 @@ from torch import Tensor
 
 from quire.contracts import Batch, Losses, Metric
 from quire.model import Model
-from quire.roles.latent import VectorEncoder
-from quire_prototypes.modules import AUTOENCODER, PrototypeLayer
+from quire_prototypes.modules import AUTOENCODER, PrototypeLayer, codes_of, layer_of
 from quire_prototypes.training import Scan, need_source, scan
 
 
@@ -52,7 +51,7 @@ class _Once(Metric):
 
 
 class R1Full(_Once):
-    """R1 over all training data: mean squared distance from each prototype to its nearest training code. Li et al. 2018.
+    """R1 over all training data: mean squared distance from a prototype to its nearest code. Li et al. 2018.
 
     Returns:
         A scalar; 0 when every prototype is a training code. The loss term takes the batch only, so it is larger.
@@ -72,7 +71,7 @@ class R1Full(_Once):
 
 
 class R2Full(_Once):
-    """R2 over all training data: mean squared distance from each training code to its nearest prototype. Li et al. 2018.
+    """R2 over all training data: mean squared distance from a code to its nearest prototype. Li et al. 2018.
 
     Returns:
         A scalar; 0 when every training code is a prototype.
@@ -110,7 +109,7 @@ class PrototypePixelDistance(_Once):
 
     def check(self, model: Model) -> None:
         """Prototypes must decode to pixels."""
-        model.find(PrototypeLayer).pixels()
+        layer_of(model).pixels()
 
     def measure(self, model: Model) -> Tensor:
         """One pass over the training split, shared with the other metrics."""
@@ -135,7 +134,7 @@ class PrototypeClassCoverage(_Once):
 
     def measure(self, model: Model) -> Tensor:
         """Count."""
-        return torch.tensor(float(len(model.find(PrototypeLayer).owners().unique())))
+        return torch.tensor(float(len(layer_of(model).owners().unique())))
 
 
 class PrototypesUsed(Metric):
@@ -150,33 +149,24 @@ class PrototypesUsed(Metric):
     full_state_update = False
     used: Tensor
 
-    def __init__(self) -> None:
-        super().__init__()
-        self.add_state("used", torch.zeros(0), dist_reduce_fx="max")
-
     @classmethod
     def tiny(cls) -> dict[str, Any]:
         """Counted on digits."""
         return _tiny("PrototypesUsed")
 
-    def build(self, spec: Any) -> None:
-        """Nothing to make."""
-
     def bind(self, model: Model) -> None:
         """One mark a prototype."""
-        self.add_state("used", torch.zeros(model.find(PrototypeLayer).count), dist_reduce_fx="max")
+        self.add_state("used", torch.zeros(layer_of(model).count), dist_reduce_fx="max")
 
     def observe(self, model: Model, batch: Batch, losses: Losses) -> None:
         """Mark the nearest prototypes of one batch."""
         distances = losses.outputs.get("distances")
         if distances is None:
-            distances = model.find(PrototypeLayer).distances(model.find(VectorEncoder)(batch))
+            distances = layer_of(model).distances(codes_of(model, batch))
         self.update(distances)
 
     def update(self, distances: Tensor) -> None:
         """Mark the nearest prototype of each row of ``distances`` [B,m]."""
-        if not len(self.used):
-            self.used = torch.zeros(distances.shape[1], device=distances.device)
         self.used[distances.detach().min(dim=1).indices] = 1
 
     def compute(self) -> Tensor:

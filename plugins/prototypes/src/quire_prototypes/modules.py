@@ -10,13 +10,16 @@ from lightning.pytorch import Callback
 from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor, nn
 
-from quire.contracts import Decoder, Role, Spec, build
+from quire.contracts import Batch, Decoder, Role, Spec, build
 from quire.errors import ConfigError, DataError
 from quire.model import Model
-from quire.roles.latent import Classifier, PixelDecoder, VectorCodes, need_vectors, vector_of
+from quire.roles.latent import Classifier, PixelDecoder, VectorCodes, VectorEncoder, need_vectors, vector_of
 from quire_prototypes.distances import squared_distances
 
-AUTOENCODER = {"encoder": "MlpVectorEncoder", "decoder": {"class_path": "PrototypeLayer", "init_args": {"decoder": "MlpVectorDecoder"}}}
+AUTOENCODER = {
+    "encoder": "MlpVectorEncoder",
+    "decoder": {"class_path": "PrototypeLayer", "init_args": {"decoder": "MlpVectorDecoder"}},
+}
 """A small autoencoder round the layer, for the tiny examples."""
 
 
@@ -172,6 +175,22 @@ class PrototypeLayer(Classifier):
         distance, order = distances.sort(dim=1)
         weight = self.class_weights.float().T[prediction].gather(1, order)
         return Explanation(logits, prediction, order, distance, weight, distance * weight, self.owners()[order])
+
+
+def layer_of(model: Model) -> PrototypeLayer:
+    """The model's prototype layer. Raises ``ConfigError`` when it has none."""
+    found = model.find(PrototypeLayer)
+    if found is None:
+        raise ConfigError("model.decoder must be a PrototypeLayer")
+    return found
+
+
+def codes_of(model: Model, batch: Batch) -> VectorCodes:
+    """f(x) of one batch by the model's VectorEncoder. Raises ``ConfigError`` when it has none."""
+    encoder = model.find(VectorEncoder)
+    if encoder is None:
+        raise ConfigError("model.encoder must be a VectorEncoder")
+    return encoder(batch)
 
 
 def check_finite(distances: Tensor, index: Tensor | None = None) -> None:

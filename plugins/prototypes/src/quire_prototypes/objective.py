@@ -12,9 +12,9 @@ from torch.nn.functional import cross_entropy
 from quire.contracts import Batch, Losses, Objective
 from quire.errors import ConfigError, DataError
 from quire.model import Model
-from quire.roles.latent import PixelDecoder, VectorEncoder
+from quire.roles.latent import VectorEncoder
 from quire_prototypes.distances import r1, r2
-from quire_prototypes.modules import AUTOENCODER, PrototypeLayer, check_finite
+from quire_prototypes.modules import AUTOENCODER, PrototypeLayer, check_finite, codes_of, layer_of
 
 
 class CaseBasedReasoning(Objective):
@@ -61,14 +61,13 @@ class CaseBasedReasoning(Objective):
 
     def check(self, model: Model) -> None:
         """Reconstruction needs something that decodes to pixels."""
-        layer = model.find(PrototypeLayer)
-        if self.weights["reconstruct"] and layer is not None:
-            layer.pixels()
+        if self.weights["reconstruct"]:
+            layer_of(model).pixels()
 
     def forward(self, model: Model, batch: Batch) -> Losses:
         """The terms of one batch."""
-        layer: PrototypeLayer = model.find(PrototypeLayer)
-        codes = model.find(VectorEncoder)(batch)  # f(x) [B,q]
+        layer = layer_of(model)
+        codes = codes_of(model, batch)  # f(x) [B,q]
         distances = layer.distances(codes)  # D [B,m]
         logits = layer.vote(distances)  # D·W [B,K]
         label: Tensor = batch["label"]

@@ -8,7 +8,7 @@ from quire.contracts import Batch, Sampler
 from quire.errors import ConfigError
 from quire.model import Model
 from quire.roles.latent import VectorEncoder
-from quire_prototypes.modules import AUTOENCODER, PrototypeLayer, check_finite
+from quire_prototypes.modules import AUTOENCODER, PrototypeLayer, check_finite, codes_of, layer_of
 from quire_prototypes.training import scan, source_of
 
 
@@ -50,8 +50,8 @@ class ExplainByPrototypes(Sampler):
 
     def forward(self, model: Model, batch: Batch) -> list[dict[str, Any]]:
         """The rows of one batch."""
-        layer, encoder = model.find(PrototypeLayer), model.find(VectorEncoder)
-        why = layer.explain(encoder(batch))
+        layer = layer_of(model)
+        why = layer.explain(codes_of(model, batch))
         check_finite(why.distance, batch.get("index"))
         cases = self._cases(model)
         top = min(self.top or layer.count, layer.count)
@@ -60,7 +60,7 @@ class ExplainByPrototypes(Sampler):
         logit = why.logits.gather(1, why.prediction[:, None])[:, 0].tolist()
         rows = []
         for i, prediction in enumerate(why.prediction.tolist()):
-            row = {k: int(batch[k][i]) for k in ("index", "label") if k in batch}
+            row: dict[str, Any] = {k: int(batch[k][i]) for k in ("index", "label") if k in batch}
             row |= {"prediction": prediction, "logit": logit[i], "rest": rest[i]}
             row["prototypes"] = [
                 {"prototype": p, "distance": d, "weight": w, "contribution": c, "class": k, "nearest": cases[p]}
@@ -72,7 +72,7 @@ class ExplainByPrototypes(Sampler):
     def _cases(self, model: Model) -> list[dict[str, Any] | None]:
         source = source_of(model)
         if source is None:
-            return [None] * model.find(PrototypeLayer).count
+            return [None] * layer_of(model).count
         found = scan(model, source)
         cases: list[dict[str, Any] | None] = [
             {"index": i, "distance": d} for i, d in zip(found.nearest.tolist(), found.distance.tolist())

@@ -13,9 +13,9 @@ from quire.contracts import Batch
 from quire.data import DataModule
 from quire.errors import ConfigError
 from quire.model import Model
-from quire.roles.latent import PixelDecoder, VectorCodes, VectorEncoder
+from quire.roles.latent import PixelDecoder
 from quire_prototypes.distances import squared_distances
-from quire_prototypes.modules import PrototypeLayer
+from quire_prototypes.modules import PrototypeLayer, codes_of, layer_of
 
 
 @dataclass
@@ -55,29 +55,32 @@ def need_source(model: Model, asker: object) -> DataModule:
 
 
 def batches(model: Model, source: DataModule, size: int = 512) -> Iterator[Batch]:
-    """The whole training split in order, on the model's device, with the transforms of evaluation.
+    """The whole training split in order, so every rank sees everything and results need no reduction."""
+    total = len(source.dataset("train"))  # type: ignore[arg-type]
+    for start in range(0, total, size):
+        yield take(model, source, "train", list(range(start, min(start + size, total))))
 
-    Every rank sees everything, so results need no reduction, and no random stream is touched.
+
+def take(model: Model, source: DataModule, split: str, places: list[int]) -> Batch:
+    """The samples at ``places`` of a split, on the model's device, with the transforms of evaluation.
+
+    Draws come from a generator of its own: no random stream of the run moves.
     """
-    data = source.dataset("train")
-    generator = torch.Generator(model.device).manual_seed(source.seed)
-    for start in range(0, len(data), size):  # type: ignore[arg-type]
-        places = list(range(start, min(start + size, len(data))))  # type: ignore[arg-type]
-        fetch = getattr(data, "__getitems__", None)
-        batch = fetch(places) if fetch else [data[i] for i in places]
-        batch = batch if isinstance(batch, dict) else source.collate(batch)
-        batch = {k: v.to(model.device) if isinstance(v, Tensor) else v for k, v in batch.items()}
-        yield source.transform(batch, generator, training=False)
+    data = source.dataset(split)
+    fetch = getattr(data, "__getitems__", None)
+    batch = fetch(places) if fetch else [data[i] for i in places]
+    batch = batch if isinstance(batch, dict) else source.collate(batch)
+    batch = {k: v.to(model.device) if isinstance(v, Tensor) else v for k, v in batch.items()}
+    return source.transform(batch, torch.Generator(model.device).manual_seed(source.seed), training=False)
 
 
 @torch.no_grad()
 def encode(model: Model, source: DataModule) -> tuple[Tensor, Tensor | None]:
     """All training codes [N,q] and labels [N] (None without), in order; the model's train mode comes back."""
     codes, labels = [], []
-    encoder = model.find(VectorEncoder)
     with evaluating(model):
         for batch in batches(model, source):
-            codes.append(encoder(batch).vector.float())
+            codes.append(codes_of(model, batch).vector.float())
             labels += [batch["label"]] if "label" in batch else []
     return torch.cat(codes), torch.cat(labels) if labels else None
 
@@ -99,7 +102,7 @@ class evaluating:
 
 def scan(model: Model, source: DataModule) -> Scan:
     """Compare the prototypes with all training data; the last answer is kept until a weight changes."""
-    layer = model.find(PrototypeLayer)
+    layer = layer_of(model)
     state = [*model.encoder.state_dict().values(), *layer.state_dict().values()]
     key = (id(source), *(0 if t.is_inference() else t._version for t in state if isinstance(t, Tensor)))
     if layer not in _last or _last[layer][0] != key:
@@ -109,7 +112,7 @@ def scan(model: Model, source: DataModule) -> Scan:
 
 @torch.no_grad()
 def _scan(model: Model, layer: PrototypeLayer, source: DataModule) -> Scan:
-    encoder, prototypes = model.find(VectorEncoder), layer.prototypes
+    prototypes = layer.prototypes
     best = prototypes.new_full((layer.count,), float("inf"), dtype=torch.float32)
     nearest = torch.zeros(layer.count, dtype=torch.long, device=best.device)
     label, codes = nearest.clone(), torch.zeros_like(prototypes, dtype=torch.float32)
@@ -117,7 +120,7 @@ def _scan(model: Model, layer: PrototypeLayer, source: DataModule) -> Scan:
     with evaluating(model):
         drawn = layer.pictures().flatten(1).float() if layer.role(PixelDecoder) else None
         for batch in batches(model, source):
-            vectors = encoder(batch).vector.float()
+            vectors = codes_of(model, batch).vector.float()
             distances = squared_distances(vectors, prototypes)
             value, row = distances.min(dim=0)
             closer = value < best
@@ -134,8 +137,3 @@ def _scan(model: Model, layer: PrototypeLayer, source: DataModule) -> Scan:
                 pixels = torch.minimum(pixels, apart.min(dim=1).values)
     shown = pixels if drawn is not None else None
     return Scan(best.mean(), (total / seen).float(), nearest, best, codes, label if labelled else None, shown)
-
-
-def decoded_as(model: Model, codes: Tensor) -> Tensor:
-    """Images [N,C,H,W] of codes [N,q] through the layer's decoder."""
-    return model.find(PrototypeLayer).reconstruct(VectorCodes(codes))

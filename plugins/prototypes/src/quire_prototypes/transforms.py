@@ -75,7 +75,7 @@ def _band(size: int, sigma: float, like: Tensor) -> Tensor:
     reach = int(4 * sigma + 0.5)
     kernel = [math.exp(-0.5 * (d / sigma) ** 2) for d in range(reach + 1)]
     total = kernel[0] + 2 * sum(kernel[1:])
-    weights = torch.tensor(kernel + [0.0], dtype=torch.float64) / total
+    weights = torch.tensor([*kernel, 0.0], dtype=torch.float64) / total
     place = torch.arange(size)
     gap = (place[:, None] - place[None, :]).abs().clamp(max=reach + 1)
     return weights[gap].to(like)
