@@ -30,7 +30,7 @@ _LAZY = {
     "DataError": "errors",
     "QuireError": "errors",
     "Model": "model",
-    "Sum": "model",
+    "Sum": "sum",
     "Pretrained": "checkpoint",
     "export": "checkpoint",
     "load": "checkpoint",

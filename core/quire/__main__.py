@@ -33,8 +33,9 @@ def execute(argv: list[str]) -> int:
         known = next((e for e in _chain(error) if isinstance(e, QuireError)), None)
         if known is not None:
             return _fail(error, str(known), known.exit_code)
-        code = 2 if type(error).__name__ == "MisconfigurationException" else 1
-        return _fail(error, f"{type(error).__name__}: {error}", code)
+        if type(error).__name__ == "MisconfigurationException":  # Lightning's word for a wrong argument
+            return _fail(error, str(error), 2)
+        return _fail(error, f"{type(error).__name__}: {error}; QUIRE_TRACE=1 shows where it happened", 1)
 
 
 def _dispatch(argv: list[str]) -> int:
@@ -91,10 +92,9 @@ def _chain(error: BaseException) -> list[BaseException]:
 def _fail(error: BaseException, message: str, code: int) -> int:
     if tracing():
         raise error
-    line = " ".join(message.split())
-    print(f"error: {line}", file=sys.stderr)
-    if not isinstance(error, (QuireError, KeyboardInterrupt)):
-        print("QUIRE_TRACE=1 shows where it happened", file=sys.stderr)
+    if "Original Traceback" in message:  # what a loader's process sends: its whole trace, the reason in the last line
+        message = message.strip().splitlines()[-1].removeprefix("quire.errors.").partition(": ")[2]
+    print(f"error: {' '.join(message.split())}", file=sys.stderr)
     return code
 
 

@@ -7,7 +7,7 @@ from collections.abc import Callable
 from quire.hooks import hookimpl
 
 COMPONENTS: list[tuple[str, str, str | tuple[str, ...]]] = [
-    ("model.Sum", "objective", ()),
+    ("sum.Sum", "objective", ()),
     ("checkpoint.Pretrained", "part", "pretrained"),
     ("schedule.WarmupCosine", "part", "schedule"),
     ("schedule.Constant", "part", "schedule"),
@@ -26,6 +26,7 @@ COMPONENTS: list[tuple[str, str, str | tuple[str, ...]]] = [
     ("roles.tokens.reconstruct.GridDecoder", "decoder", ()),
     ("roles.tokens.reconstruct.MaskedReconstruction", "objective", ()),
     ("roles.tokens.reconstruct.PatchPixels", "part", "target"),
+    ("roles.tokens.reconstruct.TokenIds", "part", "target"),
     ("roles.masking.RandomMask", "part", "masking"),
     ("roles.masking.BlockMask", "part", "masking"),
     ("roles.masking.SpanMask", "part", "masking"),
@@ -44,6 +45,27 @@ COMPONENTS: list[tuple[str, str, str | tuple[str, ...]]] = [
     ("roles.latent.conv.ConvVectorDecoder", "decoder", "PixelDecoder"),
     ("roles.latent.mlp.MlpVectorDecoder", "decoder", "PixelDecoder"),
     ("roles.reconstruction.Reconstruction", "objective", ()),
+    ("datasets.text.TextTokens", "data", ()),
+    ("roles.language.models.CausalLM", "decoder", "StepModel"),
+    ("roles.language.models.Seq2SeqDecoder", "decoder", "StepModel"),
+    ("roles.language.next_token.NextToken", "objective", ()),
+    ("roles.language.next_token.Seq2SeqTokens", "objective", ()),
+    ("roles.language.loop.Greedy", "sampler", ()),
+    ("roles.language.loop.Sample", "sampler", ()),
+    ("roles.language.loop.Speculative", "sampler", ()),
+    ("roles.language.accept.Exact", "part", "acceptance"),
+    ("roles.language.accept.SampleOnce", "part", "acceptance"),
+    ("roles.language.guard.SpeedGuard", "part", "guard"),
+    ("roles.language.drafters.PromptCopy", "part", "drafter"),
+    ("roles.language.drafters.Scripted", "part", "drafter"),
+    ("roles.language.drafters.SmallModel", "part", "drafter"),
+    ("roles.language.drafters.SelfDraft", "part", "drafter"),
+    ("roles.language.drafters.DraftUnion", "part", "drafter"),
+    ("roles.language.text.Bytes", "part", "tokenizer"),
+    ("roles.language.text.BPE", "part", "tokenizer"),
+    ("roles.language.text.Words", "part", "tokenizer"),
+    ("roles.language.text.HFTokenizer", "part", "tokenizer"),
+    ("roles.language.text.SentencePiece", "part", "tokenizer"),
 ]
 
 

@@ -7,6 +7,7 @@ import hashlib
 import importlib
 import inspect
 import json
+import os
 import pickle
 import sys
 from collections.abc import Mapping
@@ -14,6 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+from lightning.pytorch.plugins.io import TorchCheckpointIO
 from safetensors.torch import load_model, save_model
 
 from quire.contracts import SLOTS, Component, Decoder, Encoder, Objective, Part, Sampler, Spec, build, plain
@@ -74,6 +76,8 @@ def _adopt(part: Component, origin: dict[str, Any]) -> None:
     part.frozen = bool(origin.get("freeze"))
     if part.frozen:
         part.requires_grad_(False).eval()
+    else:
+        part.train()  # a loaded model is in eval mode, and the trainer keeps the mode it finds
 
 
 def describe(model: Model) -> dict[str, Any]:
@@ -140,7 +144,9 @@ def stamp(model: Model) -> dict[str, Any]:
         entry = registry.by_path(f"{type(part).__module__}.{type(part).__qualname__}")
         used |= {entry.plugin} if entry else set()
     plugins = {records[p].distribution: records[p].version for p in sorted(used) if p in records}
-    return {"format": 1, "plugins": plugins, "seed": model.seed}
+    tokenizer = getattr(model, "tokenizer", None)
+    kept = None if tokenizer is None else {**plain(tokenizer), "state": tokenizer.state()}
+    return {"format": 1, "plugins": plugins, "seed": model.seed, "tokenizer": kept}
 
 
 def read(path: str | Path) -> dict[str, Any]:
@@ -197,6 +203,10 @@ def load(path: str | Path) -> Model:
     content = _read_export(folder) if folder.is_dir() else read(path)
     model = Model(**content["hyper_parameters"])
     model.configure_model()
+    if kept := content["quire"].get("tokenizer"):
+        tokenizer = instantiate(kept)
+        tokenizer.restore(kept["state"])
+        model.refer_tokenizer(tokenizer)
     if folder.is_dir():
         load_model(model, folder / "model.safetensors")
     else:
@@ -222,6 +232,12 @@ def compare(model: Model, content: Mapping[str, Any]) -> None:
                 raise ConfigError(
                     f"the checkpoint's {slot}.{key} is {arguments[key]}, this run's is {given[key]}: make them agree"
                 )
+    sizes, found = theirs.get("spec") or {}, ours.get("spec") or {}
+    for key in sorted({*sizes} & {*found}) if weights != wanted else ():
+        if sizes[key] != found[key]:
+            raise ConfigError(
+                f"the checkpoint's data has {key}={sizes[key]}, this run's has {key}={found[key]}: make them agree"
+            )
     for name in sorted({*weights, *wanted}):
         if name not in weights or name not in wanted:
             where = "the checkpoint" if name in weights else "this run"
@@ -237,6 +253,35 @@ def _short(what: Mapping[str, Any]) -> str:
 
 def _shapes(state: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
     return {k: tuple(v.shape) for k, v in state.items() if isinstance(v, torch.Tensor)}
+
+
+# ---- writing
+class WholeFiles(TorchCheckpointIO):
+    """Writes a checkpoint beside its place and renames it when it is complete: a kill leaves the old file or the new.
+
+    Lightning's own writer builds the file in the system's temporary folder, and moving it from there to another disk
+    is a copy, which can be cut short.
+    """
+
+    def save_checkpoint(self, checkpoint: dict[str, Any], path: Any, storage_options: Any = None) -> None:
+        """Write, flush to the disk, rename. Paths of remote file systems go Lightning's way."""
+        if "://" in str(path):
+            super().save_checkpoint(checkpoint, path, storage_options)
+            return
+        target = Path(path)
+        target.parent.mkdir(parents=True, exist_ok=True)
+        part = target.with_name(f".{target.name}.part")
+        with part.open("wb") as handle:
+            torch.save(checkpoint, handle)
+            handle.flush()
+            os.fsync(handle.fileno())
+        os.replace(part, target)
+
+
+def write_whole_files(trainer: Any) -> None:
+    """Give a Trainer ``WholeFiles``, unless its strategy has a writer of its own."""
+    if type(trainer.strategy.checkpoint_io) is TorchCheckpointIO:
+        trainer.strategy.checkpoint_io = WholeFiles()
 
 
 # ---- export

@@ -3,17 +3,17 @@
 from __future__ import annotations
 
 import logging
-import os
 import re
 import sys
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, NoReturn
 
 import yaml
 
 from quire.errors import ConfigError, suggest
+from quire.parse_errors import one_line
 from quire.plugins import load
 
 
@@ -79,7 +79,9 @@ def _words(argv: list[str]) -> Iterator[str]:
             where = getattr(error, "problem_mark", None)
             line = f", line {where.line + 1}" if where else ""
             raise ConfigError(f"{file} is not valid YAML{line}: {getattr(error, 'problem', error)}") from error
-        if content is not None and not isinstance(content, dict):
+        if content is None:
+            raise ConfigError(f"{file} is empty: it must hold keys such as model and data")
+        if not isinstance(content, dict):
             raise ConfigError(f"{file} must hold keys such as model and data, not a {type(content).__name__}")
         yield from _scalars(content)
 
@@ -111,12 +113,16 @@ def _name(argv: list[str]) -> str:
 # ---- Lightning
 def _cli_class(words: set[str]) -> type:
     from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
+    from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
     from quire.data import DataModule
     from quire.model import Model
     from quire.predictions import WritePredictions
 
     class Parser(LightningArgumentParser):
+        def __init__(self, *args: Any, **kwargs: Any) -> None:
+            super().__init__(*args, allow_abbrev=False, **kwargs)  # half a key is a typo, not a shorthand
+
         def error(self, message: str, ex: Exception | None = None) -> NoReturn:
             raise ConfigError(one_line(message, words)) from ex
 
@@ -147,7 +153,9 @@ def _cli_class(words: set[str]) -> type:
             given = config.get("ckpt_path")
             if given == "last":
                 config["ckpt_path"] = str(newest_checkpoint(Path("runs") / self.run_name))
-            elif given and given not in ("best", "hpc") and not str(given).startswith("registry"):
+            elif given == "best":
+                raise ConfigError("ckpt_path best is known only to the run that found it: give the file, or last")
+            elif given and given != "hpc" and not str(given).startswith("registry"):
                 from quire.checkpoint import read
 
                 read(given)
@@ -158,21 +166,29 @@ def _cli_class(words: set[str]) -> type:
             from lightning.pytorch.callbacks import ModelCheckpoint
             from lightning.pytorch.loggers import CSVLogger
 
-            config = self.config[self.subcommand]["trainer"]
-            if config.get("logger") in (None, True) and not config.get("fast_dev_run"):
+            from quire.checkpoint import write_whole_files
+
+            given = self.config_init[self.subcommand]["trainer"]
+            if given.get("logger") in (None, True) and not given.get("fast_dev_run"):
                 kwargs.setdefault("logger", CSVLogger("runs", name=self.run_name))
-            extra: list[Any] = [WritePredictions()] if self.subcommand == "predict" else []
-            named = [c.get("class_path", "") for c in config.get("callbacks") or []]
-            keeps = any(n.endswith("ModelCheckpoint") for n in named)
-            if self.subcommand == "fit" and not keeps and config.get("enable_checkpointing") is not False:
-                extra.append(ModelCheckpoint(save_last=True, save_on_exception=False))
-            trainer = super().instantiate_trainer(**kwargs)
-            trainer.callbacks.extend(extra)  # type: ignore[attr-defined]
+            listed = given.get("callbacks") or []
+            callbacks = list(listed) if isinstance(listed, list) else [listed]
+            if self.subcommand == "predict":
+                callbacks.append(WritePredictions())
+            keeps = any(isinstance(c, ModelCheckpoint) for c in callbacks)
+            if self.subcommand == "fit" and not keeps and given.get("enable_checkpointing") is not False:
+                callbacks.append(ModelCheckpoint(save_last=True, save_on_exception=False))
+            try:
+                trainer = super().instantiate_trainer(callbacks=callbacks, **kwargs)
+            except (ValueError, TypeError, MisconfigurationException) as error:
+                raise ConfigError(trainer_error(error, given)) from error
+            write_whole_files(trainer)
             return trainer
 
         def after_fit(self) -> None:
-            if self.trainer.is_global_zero and self.trainer.log_dir:
-                for line in written(Path(self.trainer.log_dir)):
+            folder = self.trainer.log_dir  # asked on every rank: it waits for rank 0
+            if self.trainer.is_global_zero and folder:
+                for line in written(Path(folder)):
                     print(line)
 
     return CLI
@@ -186,102 +202,32 @@ def written(folder: Path) -> list[str]:
 
 
 def newest_checkpoint(folder: Path) -> Path:
-    """The newest checkpoint under a run folder. Raises ``ConfigError`` when there is none."""
-    found = sorted(folder.glob("version_*/checkpoints/*.ckpt"), key=lambda p: p.stat().st_mtime_ns)
-    if not found:
-        raise ConfigError(f"ckpt_path last: no checkpoint under {folder}")
-    return found[-1]
+    """The newest checkpoint under a run folder that can be read; a kill may have left the last one in pieces.
 
-
-# ---- errors
-def one_line(message: str, words: set[str]) -> str:
-    """jsonargparse's report → the key, the reason and the nearest name.
-
-    The report names the outermost key, then one error per member of a union (``- objectives: Option 'x' is not
-    accepted``), each with the keys further inside.
-
-    Args:
-        message: What the parser says.
-        words: Scalars of the command line and YAML, to find the classes whose options are meant.
+    Raises:
+        ConfigError: there is none, or all are broken.
     """
-    lines = [line.strip() for line in message.strip().splitlines() if line.strip()]
-    found = re.search(r'[Pp]arser key "([^"]+)"', message)
-    key = found.group(1) if found else ""
-    reasons = [
-        line.removeprefix("- ") for line in lines if not line.startswith(('Parser key "', "Subtypes:", "Given "))
-    ]
-    reasons = [r for r in reasons if not r.startswith(_EMPTY)] or lines[-1:]
-    reason = next((r for r in reasons if _meaning(r)), reasons[0])
-    inner = re.match(r"((?:[a-z_][\w.]*: )*)(.*)", reason, re.S)
-    assert inner is not None  # the pattern matches any text
-    path = ".".join([key, *(k for k in inner.group(1).split(": ") if k)]).strip(".")
-    return f"{path}: {_said(inner.group(2), words)}" if path else _said(inner.group(2), words)
+    from quire.checkpoint import read
+
+    found = sorted(folder.glob("version_*/checkpoints/*.ckpt"), key=lambda p: p.stat().st_mtime_ns, reverse=True)
+    broken = []
+    for file in found:
+        try:
+            read(file)
+        except ConfigError as error:
+            broken.append(str(error))
+            continue
+        for said in broken:
+            print(f"ckpt_path last: passed over a newer file: {said}", file=sys.stderr)
+        return file
+    hint = f" that can be read: {broken[0]}" if broken else ": train first, or give the file"
+    raise ConfigError(f"ckpt_path last: no checkpoint under {folder}{hint}")
 
 
-_EMPTY = (
-    "Expected a <class 'NoneType'>",
-    "Does not validate",
-    "Errors:",
-    "Expected a path",
-    "Not a valid subclass",
-    "a class path (str)",
-)
-
-
-def _meaning(reason: str) -> bool:
-    return any(m in reason for m in ("is not accepted", "dot import path", "Got value", "are required", "not accept"))
-
-
-def _said(reason: str, words: set[str]) -> str:
-    if match := re.search(r"Option '([\w.]+)' is not accepted", reason):
-        return f"there is no option {match[1]!r} here{suggest(match[1], _options(words))}"
-    if match := re.search(r"does not accept option '([\w.]+)'", reason):
-        return f"there is no key {match[1]!r}{_near_key(match[1], words)}"
-    if match := re.search(r"[Uu]nrecognized arguments: (.*)", reason):
-        word = match[1].split()[0].partition("=")[0]
-        return f"there is no argument {word}{_near_key(word.lstrip('-'), words)}"
-    if match := re.search(r"dot import path string: (\S+)", reason):
-        return _not_here(match[1])
-    if match := re.search(r"arguments are required: (.*)", reason):
-        return f"{match[1]} is missing"
-    if match := re.search(r"Expected an? <class '(\w+)'>\. Got value: (.*)", reason):
-        return f"{match[2]!r} is not {'an' if match[1] == 'int' else 'a'} {match[1]}"
-    return reason
-
-
-def _near_key(key: str, words: set[str]) -> str:
-    top = ["model", "data", "trainer", "config", "ckpt_path", "seed_everything"]
-    head, _, rest = key.partition(".")
-    return suggest(rest.rpartition(".")[2], _options(words)) if head in top else suggest(head, top)
-
-
-def _not_here(word: str) -> str:
-    registry = load().registry
-    if word in registry.entries:
-        entry = registry.entries[word]
-        kind = " ".join([*entry.role, "part"]) if entry.kind == "part" else entry.kind
-        return f"{word} is a {kind}, which can't stand here"
-    broken = [f"{r.name} ({r.error})" for r in load().records.values() if r.error]
-    hint = f"; broken plugins: {', '.join(broken)}" if broken else ""
-    wanted = os.environ.get("QUIRE_PLUGINS")
-    hint += f"; QUIRE_PLUGINS={wanted} leaves the others out" if wanted is not None else ""
-    near = suggest(word, list(registry.entries))
-    return f"no installed component is named {word}{near or '; quire components lists them'}{hint}"
-
-
-def _options(words: set[str]) -> list[str]:
-    """Names of the options of every component that the run names, of Model and of the Trainer."""
-    import inspect
-
-    from lightning.pytorch import Trainer
-
-    from quire.model import Model
-
-    registry = load().registry
-    classes = [registry.entries[w].load() for w in words if w in registry.entries]
-    found: dict[str, None] = {}
-    for cls in (*classes, Model, Trainer):
-        for base in cls.__mro__[:-1]:
-            if "__init__" in base.__dict__:
-                found |= dict.fromkeys(inspect.signature(base.__dict__["__init__"]).parameters)
-    return [n for n in found if n not in ("self", "args", "kwargs")]
+def trainer_error(error: Exception, given: Mapping[str, Any]) -> str:
+    """What the Trainer says of its arguments, with the key that it is about."""
+    said = " ".join(str(error).split("Find a complete")[0].split()).rstrip(".!, ")
+    keys = ("accelerator", "strategy", "devices", "precision", "num_nodes", "logger", "profiler")
+    named = next((k for k in keys if f"`{k}" in said or f"{k}=" in said), None)
+    named = named or next((k for k in keys if isinstance(given.get(k), str) and given[k] in said.split()), None)
+    return f"trainer{f'.{named}' if named else ''}: {said}; quire doctor shows what this machine has"

@@ -58,7 +58,8 @@ def components(argv: list[str]) -> int:
     options = parser.parse_args(argv)
     registry = load().registry
     if options.plugin and options.plugin not in load().records:
-        raise ConfigError(f"no plugin is named {options.plugin}{suggest(options.plugin, list(load().records))}")
+        near = suggest(options.plugin, list(load().records)) or "; quire plugins lists them"
+        raise ConfigError(f"no plugin is named {options.plugin}{near}")
     found = [registry.get(options.name)] if options.name else list(registry)
     found = [e for e in found if options.kind in (None, e.kind) and options.plugin in (None, e.plugin)]
     if options.json:

@@ -296,8 +296,11 @@ def plain(component: Component) -> dict[str, Any]:
 def _plain(value: Any, where: str) -> Any:
     if isinstance(value, Component):
         return plain(value)
-    if value is None or isinstance(value, (bool, int, float, str)):
+    if value is None or isinstance(value, bool):
         return value
+    for kind in (int, float, str):  # a subclass, such as numpy.float64, would be pickled by name
+        if isinstance(value, kind):
+            return kind.__str__(value) if kind is str else kind(value)
     if isinstance(value, Mapping):
         return {str(k): _plain(v, where) for k, v in value.items()}
     if isinstance(value, (list, tuple, set, frozenset)):

@@ -143,7 +143,7 @@ class DataModule(LightningDataModule):
     Args:
         batch_size: Samples per step and process.
         num_workers: Loader processes; 0 loads in the main one.
-        seed: Seed of order, split and transforms.
+        seed: Seed of order, few-label subsets and transforms; splits are fixed.
         transforms: Parts run in order on each batch after it is on its device: ``part(batch, generator) -> batch``.
             A part with ``training_only = True`` is left out of validation and test.
         train_samples: Keep only this many training samples (the first of a seeded permutation, balanced over
@@ -250,7 +250,7 @@ def few(data: Dataset, count: int, seed: int) -> Dataset:
     """``count`` samples of a seeded permutation, as even over classes as the labels allow."""
     total = len(data)  # type: ignore[arg-type]
     if not 0 < count <= total:
-        raise ConfigError(f"data.train_samples is {count}, but the training split has {total} samples")
+        raise ConfigError(f"data.train_samples is {count}, but the training split has {total} samples: lower it")
     order = torch.randperm(total, generator=torch.Generator().manual_seed(seed))
     labels = data.tensors.get("label") if isinstance(data, Fields) else getattr(data, "labels", None)
     if labels is not None:
@@ -263,7 +263,7 @@ def few(data: Dataset, count: int, seed: int) -> Dataset:
     chosen = order[:count].sort().values
     if isinstance(data, Fields):
         return Fields(**data.__getitems__(chosen.tolist()))
-    return Subset(data, chosen.tolist())
+    return data.take(chosen) if hasattr(data, "take") else Subset(data, chosen.tolist())
 
 
 def check_batch(batch: Batch) -> None:
@@ -283,6 +283,8 @@ def check_batch(batch: Batch) -> None:
             low, high = float(value.min()), float(value.max())
             if low < 0 or high > 1:
                 said = "image is in 0..255" if high > 2 and low >= 0 else f"image is in {low:g}..{high:g}"
-                raise DataError(f"{said}; the field is float in [0,1]")
+                first = int(((value < 0) | (value > 1)).flatten(1).any(1).nonzero()[0])
+                raise DataError(f"{said}; the field is float in [0,1] (first such sample: {first})")
         if name == "mask" and value.ndim == 2 and not bool(value.any(1).all()):
-            raise DataError(f"sample {int((~value.any(1)).nonzero()[0])} has no real tokens")
+            what = "frames" if "frames" in batch else "tokens"
+            raise DataError(f"sample {int((~value.any(1)).nonzero()[0])} has no real {what}")

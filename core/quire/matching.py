@@ -22,9 +22,10 @@ def origin(cls: type) -> str:
 def refusal(needer: type, slot: str, given: Component | None) -> str | None:
     """Why ``given`` in ``model.<slot>`` can't serve ``needer``, as one sentence; None if it can."""
     role = needed_roles(needer).get(slot)
-    if role is not None and (given is None or given.role(role) is None):
+    holder = given if role is None or given is None else given.role(role)  # it may lie inside a wrapper
+    if role is not None and holder is None:
         return _no_role(needer, slot, role, None if given is None else type(given))
-    return _no_capability(needer, slot, given)
+    return _no_capability(needer, slot, holder)
 
 
 def class_refusal(needer: type, slot: str, given: type) -> str | None:
@@ -39,7 +40,8 @@ def _no_role(needer: type, slot: str, role: type, given: type | None) -> str:
     have = "is not set" if given is None else f"is {given.__name__} ({origin(given)})"
     installed = load().registry.providing(role.__name__)
     listed = f". {role.__name__}s installed: {', '.join(installed)}" if installed else ""
-    return f"{needer.__name__} needs a {role.__name__}; model.{slot} {have}{listed}"
+    advice = getattr(role, "advice", "")
+    return f"{needer.__name__} needs a {role.__name__}; model.{slot} {have}{advice and ': ' + advice}{listed}"
 
 
 def _no_capability(needer: type, slot: str, given: Component | type | None) -> str | None:

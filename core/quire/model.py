@@ -6,7 +6,7 @@ import functools
 import math
 import os
 from collections.abc import Iterable, Iterator
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 from lightning.pytorch import LightningModule
@@ -17,6 +17,7 @@ from quire import checkpoint
 from quire.contracts import (
     SLOTS,
     Batch,
+    Codes,
     Component,
     Decoder,
     Encoder,
@@ -74,14 +75,19 @@ class Model(LightningModule):
         self.spec = Spec(spec) if spec else None
         self.seed = int(os.environ.get("PL_GLOBAL_SEED", 0))
         self.subject: Any = None  # a frozen model under study; its data module sets it
+        self.refer_tokenizer(None)
         self.automatic_optimization = not self._players
         self._ready = False
         self._generators: dict[torch.device, torch.Generator] = {}
         self._key = mix(self.seed)
-        self._sums: dict[str, Tensor] = {}
+        self._sums: dict[str, Any] = {}
         self._count = 0
         check_model(self)
         self.save_hyperparameters(checkpoint.describe(self))
+
+    def refer_tokenizer(self, tokenizer: Any) -> None:
+        """Keep the data's tokenizer: saved in the checkpoint, so a loaded language model can read and write text."""
+        object.__setattr__(self, "tokenizer", tokenizer)
 
     # ---- parts
     def components(self) -> Iterator[Component]:
@@ -126,13 +132,22 @@ class Model(LightningModule):
         if stage != "predict" and self.objective is None:
             raise ConfigError(f"{stage} needs model.objective")
         source = self.trainer.datamodule  # type: ignore[attr-defined]
+        if getattr(source, "tokenizer", None) is not None:
+            self.refer_tokenizer(source.tokenizer)
         if source is not None and getattr(source, "fields", None):
             check_fields(self, tuple(source.fields), type(source).__name__)
         self._checked: set[str] = set()
 
     def configure_callbacks(self) -> list[Any]:
-        """Callbacks that the parts bring along."""
-        return [callback for part in self.components() for callback in part.callbacks()]
+        """Callbacks that the parts bring along; where the user lists one of the same class, that one stands."""
+        listed = {type(c) for c in getattr(self._trainer, "callbacks", []) if not hasattr(c, "brought_by")}
+        found = []
+        for part in self.components():
+            for callback in part.callbacks():
+                if type(callback) not in listed:
+                    callback.brought_by = type(part).__name__  # type: ignore[attr-defined]
+                    found.append(callback)
+        return found
 
     # ---- steps
     def forward(self, batch: Batch) -> Any:
@@ -194,10 +209,11 @@ class Model(LightningModule):
             self.log(f"{stage}/{name}", metric, batch_size=size, on_epoch=True)
 
     def predict_step(self, batch: Batch, batch_idx: int, dataloader_idx: int = 0) -> Any:
-        """The sampler's results, or the encoder's codes."""
+        """The sampler's results, or the tensors of the encoder's codes by name."""
         self._rekey("predict", 0, batch_idx)
         if self.sampler is None:
-            return self.encoder(self._prepare(batch, "predict"))
+            codes = self.encoder(self._prepare(batch, "predict"))
+            return codes.tensors() if isinstance(codes, Codes) else codes  # Lightning can't move a Layout
         if not self.sampler.needs_grad:
             return self.sampler(self, self._prepare(batch, "predict"))
         with torch.inference_mode(False), torch.enable_grad():  # tensors born in inference mode can't be differentiated
@@ -250,8 +266,7 @@ class Model(LightningModule):
         if (logging or self.device.type == "cpu") and not math.isfinite(loss.item()):
             self._blame(losses, batch, step)
         for name, value in (*losses.items(), ("loss", loss)):
-            value = value.detach()
-            self._sums[name] = self._sums[name] + value if name in self._sums else value
+            self._sums[name] = self._sums.get(name, 0.0) + value.detach()
         self._count += 1
         if logging:
             self._flush(losses, batch)
@@ -260,8 +275,8 @@ class Model(LightningModule):
         means = {f"train/{k}": v / self._count for k, v in self._sums.items()}
         extra = {f"train/{k}": v for k, v in _evaluated(losses.metrics).items()} if losses else {}
         self._sums, self._count = {}, 0
-        size = _batch_size(batch) if batch else 1
-        self.log_dict({**means, **extra}, on_step=losses is not None, on_epoch=losses is None, batch_size=size)
+        size, ends = _batch_size(batch) if batch else 1, losses is None
+        self.log_dict({**means, **extra}, on_step=not ends, on_epoch=ends, batch_size=size, sync_dist=True)
 
     def on_train_epoch_end(self) -> None:
         """Log what an epoch shorter than the logging interval has gathered."""
@@ -281,7 +296,11 @@ class Model(LightningModule):
         made = []
         for player in players:
             parameters = self.objective.parameters_of(self, player) if player else self.parameters()
-            optimizer = self.optimizer(self._groups(parameters))
+            groups = self._groups(parameters)
+            try:
+                optimizer = self.optimizer(groups)
+            except (ValueError, TypeError) as error:
+                raise ConfigError(f"model.optimizer: {error}") from error
             curve = functools.partial(self.schedule.factor, total=total)
             scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, curve)
             made.append({"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}})
@@ -292,7 +311,7 @@ class Model(LightningModule):
         if not wanted:
             raise ConfigError("nothing to train: every parameter is frozen or there are none")
         scales = self._layer_scales()
-        rate = checkpoint.learning_rate(self.optimizer)
+        rate = checkpoint.learning_rate(self.optimizer) if scales else 0.0
         groups: dict[tuple[bool, float], list[nn.Parameter]] = {}
         for parameter in self.parameters():
             if id(parameter) in wanted:
@@ -319,93 +338,18 @@ class Model(LightningModule):
 
     # ---- checkpoints
     def on_save_checkpoint(self, checkpoint_: dict[str, Any]) -> None:
-        """Keep how to rebuild the model without YAML, and the seed."""
+        """Keep how to rebuild the model without YAML, the seed, and what the next log line will average."""
         checkpoint_["hyper_parameters"] = checkpoint.describe(self)
         checkpoint_["quire"] = checkpoint.stamp(self)
+        checkpoint_["quire"]["unlogged"] = {"count": self._count, "sums": {k: float(v) for k, v in self._sums.items()}}
 
     def on_load_checkpoint(self, checkpoint_: dict[str, Any]) -> None:
-        """Refuse the checkpoint of another model by name; continue with its seed."""
+        """Refuse the checkpoint of another model by name; continue with its seed and what it had yet to log."""
         checkpoint.compare(self, checkpoint_)
-        self.seed = checkpoint_.get("quire", {}).get("seed", self.seed)
-
-
-class Sum(Objective):
-    """Several objectives on one encoder: the sum of their weighted terms.
-
-    Args:
-        objectives: The members, in order; a term name used twice is prefixed with its objective's name.
-        weights: One factor per member; default 1 each.
-
-    Raises:
-        ConfigError: no members, a weight too many or too few, or two members with several players.
-    """
-
-    def __init__(self, objectives: list[Objective], weights: list[float] | None = None) -> None:
-        super().__init__()
-        if not objectives:
-            raise ConfigError("Sum needs at least one objective")
-        factors = weights if weights is not None else [1.0] * len(objectives)
-        if len(factors) != len(objectives):
-            raise ConfigError(f"Sum has {len(objectives)} objectives and {len(factors)} weights: give one each")
-        playing = [o for o in objectives if o.players]
-        if len(playing) > 1:
-            raise ConfigError("Sum can hold one objective with several players, got 2 or more")
-        self.members = nn.ModuleList(objectives)
-        self.factors = factors
-        self.weights = {}
-        self.refer("playing", playing[0] if playing else None)
-        self.players = playing[0].players if playing else ()  # type: ignore[misc]
-
-    @classmethod
-    def tiny(cls) -> dict[str, Any]:
-        """Masked reconstruction and classification of digits on one encoder."""
-        return {
-            "model": {
-                "encoder": {"class_path": "ViTEncoder", "init_args": {"patch": 2, "width": 16, "depth": 1, "heads": 2}},
-                "decoder": {"class_path": "GridDecoder", "init_args": {"width": 16, "depth": 1, "heads": 2}},
-                "objective": {
-                    "class_path": "Sum",
-                    "init_args": {"objectives": [{"class_path": "MaskedReconstruction"}, {"class_path": "Classify"}]},
-                },
-            },
-            "data": "Digits",
-        }
-
-    def forward(self, model: Model, batch: Batch, player: str | None = None) -> Losses:
-        """All members' terms; members without players join the first player's step."""
-        joined = Losses({})
-        weights: dict[str, float] = {}
-        for objective, factor in zip(self.members, self.factors):
-            assert isinstance(objective, Objective)
-            if objective is self.playing:
-                losses = objective(model, batch, player=player)
-            elif player is None or player == self.players[0]:
-                losses = objective(model, batch)
-            else:
-                continue
-            for old, value in losses.items():
-                name = f"{type(objective).__name__}.{old}" if old in joined else old
-                joined[name] = value
-                weights[name] = factor * objective.weights.get(old, 1.0)
-            joined.metrics.update(losses.metrics)
-            joined.outputs.update(losses.outputs)
-        self.weights = weights
-        return joined
-
-    def parameters_of(self, model: Model, player: str) -> Iterable[nn.Parameter]:
-        """As the member with players says; the other members' own parameters go with the first player."""
-        yield from self.playing.parameters_of(model, player)
-        if player == self.players[0]:
-            for objective in self.members:
-                if objective is not self.playing:
-                    yield from objective.parameters()
-
-    def role(self, role: type[Role]) -> Role | None:
-        """The one member that has ``role``; None when none or several do."""
-        found = [r for o in self.members if isinstance(o, Objective) and (r := o.role(role)) is not None]
-        return found[0] if len(found) == 1 else None
-
-    playing: ClassVar[Any] = None
+        record = checkpoint_["quire"]
+        self.seed = record.get("seed", self.seed)
+        unlogged = record.get("unlogged", {"count": 0, "sums": {}})
+        self._count, self._sums = unlogged["count"], dict(unlogged["sums"])
 
 
 def _evaluated(metrics: dict[str, Any]) -> dict[str, Tensor]:

@@ -84,11 +84,11 @@ def _guarded(found: Plugins, record: Record, point: EntryPoint | None) -> None:
     found.records[record.name] = record
     try:
         _register(found, record, point.load() if point else importlib.import_module(record.module))
-    except Exception as error:  # a plugin can fail in any way; the others must go on
+    except (Exception, SystemExit) as error:  # a plugin can fail in any way; the others must go on
         if tracing() or record.name == "core":
             raise
         found.manager.set_blocked(record.name)
-        found.registry.entries = {n: e for n, e in found.registry.entries.items() if e.plugin != record.name}
+        found.registry.remove(record.name)
         found.commands = {n: c for n, c in found.commands.items() if c[2] != record.name}
         found.claims = {n: c for n, c in found.claims.items() if c[1] != record.name}
         record.error = f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0]}"

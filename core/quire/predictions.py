@@ -37,17 +37,47 @@ class WritePredictions(Callback):
 
     def on_predict_end(self, trainer: Any, pl_module: Any) -> None:
         """Gather, finish, write."""
-        gathered = self._results
+        results: Any = [r for _, r in self._results]
         if trainer.world_size > 1:
             everyone: list[Any] = [None] * trainer.world_size
             torch.distributed.all_gather_object(everyone, self._results)
-            gathered = [item for rank in everyone for item in rank]
-        results: Any = [r for _, r in sorted(gathered, key=lambda pair: pair[0][0])]
+            results = in_order([item for rank in everyone for item in rank])
         if pl_module.sampler is not None:
             results = pl_module.sampler.finish(pl_module, results)
+        folder = Path(trainer.log_dir or ".")  # asked on every rank: it waits for rank 0
         if trainer.is_global_zero:
-            for file in write(results, Path(trainer.log_dir or ".")):
+            for file in write(results, folder):
                 print(f"wrote {file}")
+
+
+def in_order(gathered: list[tuple[list[int], Any]]) -> list[Any]:
+    """Several ranks' results as one batch in ``index`` order, each sample once.
+
+    Ranks take samples in turn, and repeat some so that all have as many. Results that don't tell samples apart stay
+    batches, ordered by their first index.
+
+    Args:
+        gathered: (indices, results) of each batch: a dict of tensors [B,…], a tensor [B,…], or a list of B rows.
+    """
+    gathered = sorted(gathered, key=lambda pair: pair[0][0])
+    index = [i for indices, _ in gathered for i in indices]
+    first = {i: place for place, i in reversed(list(enumerate(index)))}
+    places = [first[i] for i in sorted(first)]
+    results = [r for _, r in gathered]
+    if not all(_lengths(r) == {len(indices)} for indices, r in gathered):
+        return results
+    if isinstance(results[0], list):
+        rows = [row for batch in results for row in batch]
+        return [[rows[p] for p in places]]
+    if isinstance(results[0], Tensor):
+        return [torch.cat(results)[places]]
+    return [{k: torch.cat([batch[k] for batch in results])[places] for k in results[0]}]
+
+
+def _lengths(result: Any) -> set[int]:
+    if isinstance(result, dict):
+        return {len(v) if isinstance(v, Tensor) and v.ndim else -1 for v in result.values()}
+    return {len(result)} if isinstance(result, (list, Tensor)) else set()
 
 
 def write(results: Any, folder: Path) -> list[Path]:

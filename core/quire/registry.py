@@ -9,7 +9,7 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from quire.errors import ConfigError, suggest
+from quire.errors import ConfigError, QuireError, suggest
 
 KINDS = ("encoder", "decoder", "objective", "sampler", "data", "callback", "metric", "part")
 
@@ -37,8 +37,16 @@ class Entry:
         return self.path.rpartition(".")[0]
 
     def load(self) -> type:
-        """Import the module and return the class."""
-        return getattr(importlib.import_module(self.module), self.name)
+        """Import the module and return the class. Raises ``ConfigError`` when that fails, naming the plugin."""
+        try:
+            return getattr(importlib.import_module(self.module), self.name)
+        except QuireError:
+            raise
+        except Exception as error:  # a plugin's module can fail in any way
+            raise ConfigError(
+                f"{self.name} of plugin {self.plugin} can't be imported ({type(error).__name__}: {error}): "
+                "reinstall the plugin; quire doctor checks all of them"
+            ) from error
 
     def summary(self) -> str:
         """First line of the docstring, read from the source without importing it."""
@@ -71,6 +79,14 @@ class Registry:
         else:
             self.entries[name] = entry
 
+    def remove(self, plugin: str) -> None:
+        """Forget what a plugin registered, as if it had never been there."""
+        kept = dict.fromkeys([*self.entries.values(), *(e for claims in self.clashes.values() for e in claims)])
+        self.entries, self.clashes = {}, {}
+        for entry in kept:
+            if entry.plugin != plugin:
+                self.add(entry.path, entry.kind, entry.role, entry.plugin)
+
     def __iter__(self) -> Iterator[Entry]:
         return iter(sorted(self.entries.values(), key=lambda e: (KINDS.index(e.kind), e.plugin != "core", e.name)))
 
@@ -80,7 +96,8 @@ class Registry:
             claims = " and ".join(f"{e.plugin} ({e.path})" for e in self.clashes[name])
             raise ConfigError(f"{name} is claimed by {claims}: write the full class path, or set QUIRE_PLUGINS")
         if name not in self.entries:
-            raise ConfigError(f"no component is named {name}{suggest(name, list(self.entries))}")
+            near = suggest(name, list(self.entries)) or "; quire components lists them"
+            raise ConfigError(f"no component is named {name}{near}")
         return self.entries[name]
 
     def by_path(self, path: str) -> Entry | None:
@@ -102,7 +119,7 @@ class Registry:
                 self.get(word)
             entry = self.by_path(word) if "." in word else self.entries.get(name)
             if entry is not None:
-                importlib.import_module(entry.module)
+                entry.load()
 
 
 def _source(module: str) -> ast.Module | None:

@@ -240,7 +240,7 @@ def test_tones_follow_their_contour() -> None:
 def test_speech_arguments_are_checked() -> None:
     with pytest.raises(ConfigError, match="data.length must be at least 24"):
         SpeechTones(length=4)
-    with pytest.raises(ConfigError, match="data.seconds must hold at least one frame of 10 ms"):
+    with pytest.raises(ConfigError, match="data.seconds is 0.001, less than one window"):
         SpeechTones(seconds=0.001).dataset("train")
 
 

@@ -81,7 +81,7 @@ class Digits(TrainTest):
 
 
 class TorchvisionImages(TrainTest):
-    """Any image classification set of torchvision by its class name: MNIST, FashionMNIST, CIFAR10, SVHN, Food101…
+    """Any image classification set of torchvision by its class name: MNIST, FashionMNIST, CIFAR10, SVHN and more.
 
     MNIST's IDX files (raw or .gz) are read without torchvision from the root, ``raw/`` or ``NAME/raw/``. Sets that
     torchvision holds in memory stay there as bytes; others are decoded sample by sample. A set without a split

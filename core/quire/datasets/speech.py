@@ -32,7 +32,7 @@ class Speech(TrainTest):
         **kwargs: Arguments of ``TrainTest`` (``val_samples``) and ``DataModule``.
 
     Raises:
-        ConfigError: ``seconds`` too short for one frame.
+        ConfigError: ``seconds`` shorter than one window.
     """
 
     fields = ("audio", "frames", "mask", "label", "index")
@@ -58,8 +58,8 @@ class Speech(TrainTest):
     def logmel(self) -> LogMel:
         """``features``, built for this sample rate."""
         build(self.features, Spec(sample_rate=self.rate))
-        if self.features.count(self.samples) < 1:
-            raise ConfigError(f"data.seconds must hold at least one frame of {self.features.hop_ms:g} ms")
+        if self.samples < max(self.features.hop, self.features.window):
+            raise ConfigError(f"data.seconds is {self.seconds:g}, less than one window of LogMel: raise it")
         return self.features
 
     def load(self, part: str) -> Fields:

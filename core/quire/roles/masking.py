@@ -1,4 +1,4 @@
-"""Masking: which cells of a layout are kept. Exact counts on every row, one generator, no loop per sample but BlockMask's."""
+"""Masking: which cells of a layout are kept. Exact counts on every row; one generator is the only randomness."""
 
 from __future__ import annotations
 
@@ -60,7 +60,9 @@ def share(name: str, value: float) -> float:
     return value
 
 
-def real_order(mask: Tensor | None, batch_size: int, cells: int, device: torch.device) -> tuple[Tensor, Tensor | None, int]:
+def real_order(
+    mask: Tensor | None, batch_size: int, cells: int, device: torch.device
+) -> tuple[Tensor, Tensor | None, int]:
     """Real cells first on every row.
 
     Returns:
@@ -165,7 +167,7 @@ class SpanMask(Masking):
         order, counts, fewest = real_order(mask, batch_size, cells, device)
         masked = math.floor(self.ratio * fewest)
         if masked == 0:
-            return Subset.split(*_halves(order, fewest))
+            return Subset.ordered(order, fewest)
         if masked < self.span_length:
             raise ConfigError(f"span_length={self.span_length} exceeds the {masked} cells to mask")
         visible, spans = fewest - masked, masked // self.span_length
@@ -180,10 +182,6 @@ class SpanMask(Masking):
         kept = in_gap & (place < real[:, None])
         chosen = torch.argsort(kept, dim=1, descending=True, stable=True)
         return Subset.ordered(order.gather(1, chosen), visible)
-
-
-def _halves(order: Tensor, count: int) -> tuple[Tensor, Tensor]:
-    return order[:, :count].sort(1).values, order[:, count:].sort(1).values
 
 
 def _cut(total: Tensor, pieces: int, generator: torch.Generator) -> Tensor:
@@ -263,7 +261,9 @@ class BlockMask(Masking):
         cells = layout.cells
         count = math.floor(self.masked * cells) if self.masked < 1 else int(self.masked)
         if not 0 < count < cells:
-            raise ConfigError(f"{count} of {cells} are masked; the mask must leave at least one visible and one masked patch")
+            raise ConfigError(
+                f"{count} of {cells} are masked; the mask must leave at least one visible and one masked patch"
+            )
         if self.min_block > count:
             raise ConfigError(f"min_block={self.min_block} exceeds the {count} cells to mask")
         seed = int(torch.randint(2**62, (1,), generator=generator, device=generator.device))

@@ -49,7 +49,7 @@ class Reconstruction(Objective):
     def forward(self, model: Model, batch: Batch) -> Losses:
         """The terms of one batch."""
         codes = model.encoder(batch)
-        made = model.decoder(codes)
+        made = model.decoder.role(PixelDecoder)(codes)  # it may lie inside, in a PrototypeLayer for one
         terms = {"reconstruct": self._distance(made - batch["image" if "image" in batch else "vector"])}
         own = getattr(codes, "loss", None)
         return Losses(terms if own is None else {**terms, "bottleneck": own}, outputs={"reconstruction": made})

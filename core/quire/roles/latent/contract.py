@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 from torch import Tensor, nn
 
@@ -49,9 +49,11 @@ class VectorEncoder(Encoder):
 
     Attributes:
         width: D, once built.
+        advice: Added to the refusal of an encoder that is none.
     """
 
     width: int
+    advice: ClassVar[str] = "wrap a token encoder in Pooled"
 
     def forward(self, batch: Batch) -> VectorCodes:
         """The vectors of one batch."""
@@ -89,13 +91,13 @@ class Classifier(Decoder):
 
 
 def data_shape(spec: Spec, asker: object, field: str | None = None) -> tuple[int, ...]:
-    """(C,H,W) of the data's images, or (D,) of its vectors (spec ``features``) where there are no images.
+    """(C,H,W) of the data's images, or (D,) of its vectors (spec ``width``) where there are no images.
 
     Raises:
         ConfigError: the spec says neither.
     """
-    if field != "image" and spec.get("image_size") is None and spec.get("features") is not None:
-        return (int(spec["features"]),)
+    if field != "image" and spec.get("image_size") is None and spec.get("width") is not None:
+        return (int(spec["width"]),)
     size = spec.need("image_size", asker)
     height, width = (size, size) if isinstance(size, int) else size
     return int(spec.need("channels", asker)), int(height), int(width)

@@ -129,7 +129,7 @@ class ConvVectorDecoder(PixelDecoder):
         shape = data_shape(spec, self, "image")
         self.sides = [shape[1:], *_halved(shape[1:], len(self.channels))]
         chain = [*reversed(self.channels), shape[0]]
-        own, given = self.channels[-1] * math.prod(self.sides[-1]), int(spec.need("codes", self)["width"])
+        own, given = self.channels[-1] * math.prod(self.sides[-1]), int(spec.code("width", self))
         self.enter = nn.Identity() if own == given else nn.Linear(given, own)
         self.convolutions = nn.ModuleList(nn.ConvTranspose2d(a, b, 3, 2) for a, b in pairwise(chain))
         _start(self.convolutions, self.init_std)

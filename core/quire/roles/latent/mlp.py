@@ -102,7 +102,7 @@ class MlpVectorDecoder(PixelDecoder):
     def build(self, spec: Spec) -> None:
         """Make the layers for the encoder's width."""
         self.shape = data_shape(spec, self)
-        self.net = _layers([spec.need("codes", self)["width"], *reversed(self.widths), math.prod(self.shape)])
+        self.net = _layers([spec.code("width", self), *reversed(self.widths), math.prod(self.shape)])
         output = self.output or ("sigmoid" if len(self.shape) == 3 else "none")
         self.activation = activation(output, self, "output")
 

@@ -80,6 +80,10 @@ class Pooled(VectorEncoder):
         """Itself, or what the inner encoder offers."""
         return self if isinstance(self, role) else self.encoder.role(role)
 
+    def sizes(self) -> dict[str, Any]:
+        """The inner encoder's too: an objective that asks for its tokens builds on them."""
+        return {**self.encoder.sizes(), "width": self.width}
+
     def layers(self) -> list[nn.Module]:
         """The inner encoder's."""
         return self.encoder.layers()

@@ -1,23 +1,37 @@
-"""The tokens contract: where tokens sit (Layout), what they hold (Tokens), which are chosen (Subset), who makes them."""
+"""The tokens contract: where tokens sit (Layout), what they hold (Tokens), who makes them (TokenEncoder)."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, ClassVar
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor
 
 from quire.contracts import Batch, Codes, Encoder, Spec
-from quire.errors import ConfigError, DataError
+from quire.errors import ConfigError
+from quire.roles.tokens.subset import Subset, check_index, check_real, equal_counts, gather, indices
+
+__all__ = [
+    "POSITIONS",
+    "Layout",
+    "Segment",
+    "Subset",
+    "TokenEncoder",
+    "Tokens",
+    "check_index",
+    "check_real",
+    "equal_counts",
+    "gather",
+    "indices",
+]
 
 POSITIONS = ("none", "sincos", "learned")
 
 
-@dataclass(frozen=True)
-class Segment:
+class Segment(NamedTuple):
     """One regular grid of tokens cut from one batch field.
 
     Args:
@@ -45,8 +59,7 @@ class Segment:
         return self.start + self.cells
 
 
-@dataclass(frozen=True)
-class Layout:
+class Layout(NamedTuple):  # not a frozen dataclass: Lightning walks through what predict returns and refuses those
     """The places of all N tokens: segments one after the other, each in row-major order. Hashable plain data."""
 
     segments: tuple[Segment, ...]
@@ -56,7 +69,7 @@ class Layout:
         """A layout of ``segments`` in this order; their ``start`` is set here."""
         placed, start = [], 0
         for segment in segments:
-            placed.append(replace(segment, start=start))
+            placed.append(segment._replace(start=start))
             start += segment.cells
         return cls(tuple(placed))
 
@@ -147,7 +160,7 @@ class Tokens(Codes):
             self,
             values=gather(self.values, keep),
             index=self.index.gather(1, keep),
-            mask=self.mask.gather(1, keep) if self.padded else None,
+            mask=self.mask.gather(1, keep),
             padded=self.padded,
         )
 
@@ -174,114 +187,6 @@ class Tokens(Codes):
             return self.values.mean(1)
         weight = self.mask.unsqueeze(-1).to(self.values.dtype)
         return (self.values * weight).sum(1) / weight.sum(1).clamp(min=1)
-
-
-def gather(values: Tensor, index: Tensor) -> Tensor:
-    """``values[b, index[b, k]]`` for all b, k: [B,T,…] and [B,K] → [B,K,…]."""
-    if values.ndim == 2:
-        return values.gather(1, index)
-    shape = (*index.shape, *values.shape[2:])
-    return values.gather(1, index.reshape(*index.shape, *[1] * (values.ndim - 2)).expand(shape))
-
-
-@dataclass
-class Subset:
-    """K of N cells on every row, the others, and the way back.
-
-    Args:
-        keep: [B,K] int64, ascending unless the maker was asked otherwise.
-        rest: [B,N-K] int64, ascending.
-        restore: [B,N] int64: where each cell went, so ``restore`` undoes ``shuffle``.
-    """
-
-    keep: Tensor
-    rest: Tensor
-    restore: Tensor
-
-    @classmethod
-    def of(cls, keep: Tensor, cells: int, check: bool = True) -> Subset:
-        """The subset that keeps ``keep`` of ``cells`` cells. ``check=False`` trusts the caller and never waits for a GPU.
-
-        Raises:
-            ConfigError: an index outside the layout, or twice in a row.
-        """
-        if check:
-            check_index(keep, cells)
-        left = torch.ones(len(keep), cells, dtype=torch.bool, device=keep.device).scatter_(1, keep, False)
-        rest = torch.argsort(left, dim=1, descending=True, stable=True)[:, : cells - keep.shape[1]]
-        return cls.split(keep, rest)
-
-    @classmethod
-    def split(cls, keep: Tensor, rest: Tensor) -> Subset:
-        """From both halves of a permutation, unchecked."""
-        order = torch.cat([keep, rest], 1)
-        places = torch.arange(order.shape[1], device=order.device).expand_as(order)
-        return cls(keep, rest, torch.empty_like(order).scatter_(1, order, places))
-
-    @classmethod
-    def ordered(cls, order: Tensor, count: int) -> Subset:
-        """The first ``count`` of each row of a permutation [B,N], both halves sorted."""
-        return cls.split(order[:, :count].sort(1).values, order[:, count:].sort(1).values)
-
-    @property
-    def cells(self) -> int:
-        """N."""
-        return self.restore.shape[1]
-
-    def kept(self) -> Tensor:
-        """[B,N] bool, True where a cell is kept."""
-        return self.restore < self.keep.shape[1]
-
-    def shuffle(self, values: Tensor) -> Tensor:
-        """[B,N,…] in cell order → kept cells first, then the rest."""
-        return gather(values, torch.cat([self.keep, self.rest], 1))
-
-    def unshuffle(self, values: Tensor) -> Tensor:
-        """Kept cells then the rest, [B,N,…] → cell order. Undoes ``shuffle``."""
-        return gather(values, self.restore)
-
-
-def check_index(keep: Tensor, cells: int, name: str = "keep") -> None:
-    """Refuse indices outside 0..cells-1 or twice in a row. Waits for the GPU when ``keep`` is there.
-
-    Raises:
-        ConfigError: with the index or the row.
-    """
-    if keep.ndim != 2 or keep.dtype != torch.long:
-        raise ConfigError(f"{name} must be [B,K] int64, got {list(keep.shape)} {str(keep.dtype).removeprefix('torch.')}")
-    if not keep.numel():
-        raise ConfigError(f"{name} is empty; at least 1 token is needed")
-    low, high = int(keep.min()), int(keep.max())
-    if low < 0 or high >= cells:
-        raise ConfigError(f"{name} has index {low if low < 0 else high} but the layout has {cells} cells")
-    ordered = keep.sort(1).values
-    twice = (ordered[:, 1:] == ordered[:, :-1]).any(1)
-    if bool(twice.any()):
-        raise ConfigError(f"{name} repeats an index in row {int(twice.nonzero()[0])}")
-
-
-def equal_counts(kept: Tensor) -> Tensor:
-    """A bool mask [B,N] of kept cells → their indices [B,K], ascending.
-
-    Raises:
-        ConfigError: rows that keep different numbers.
-    """
-    counts = kept.sum(1)
-    low, high = int(counts.min()), int(counts.max())
-    if low != high:
-        raise ConfigError(f"rows keep {low}..{high} tokens; equal counts are needed")
-    return kept.nonzero()[:, 1].reshape(len(kept), low)
-
-
-def indices(chosen: Subset | Tensor, cells: int, name: str = "keep") -> Tensor:
-    """The kept indices: of a Subset as they are, of a bare tensor checked."""
-    if isinstance(chosen, Subset):
-        if chosen.cells != cells:
-            raise ConfigError(f"{name} was drawn for {chosen.cells} cells but there are {cells} tokens")
-        return chosen.keep
-    if not torch.compiler.is_compiling():
-        check_index(chosen, cells, name)
-    return chosen
 
 
 class TokenEncoder(Encoder):
@@ -383,14 +288,3 @@ class TokenEncoder(Encoder):
     def built_layout(self) -> Layout:
         """The layout that it was built for."""
         return self.layout(Spec(self.__dict__["built_with"]))
-
-
-def check_real(mask: Tensor, what: str = "tokens") -> None:
-    """Refuse samples of padding only.
-
-    Raises:
-        DataError: with the first such sample.
-    """
-    empty = ~mask.any(1)
-    if bool(empty.any()):
-        raise DataError(f"sample {int(empty.nonzero()[0])} has no real {what}")

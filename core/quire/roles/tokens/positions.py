@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import functools
-
 import torch
 from torch import Tensor, nn
 
@@ -51,7 +49,9 @@ def interpolate(table: Tensor, old: tuple[int, ...], new: tuple[int, ...]) -> Te
     if old == new:
         return table
     if len(old) != len(new):
-        raise ConfigError(f"a {len(old)}-D position table can't be resized to the {len(new)}-D grid {'x'.join(map(str, new))}")
+        raise ConfigError(
+            f"a {len(old)}-D position table can't be resized to the {len(new)}-D grid {'x'.join(map(str, new))}"
+        )
     field = table.float().reshape(*old, -1).movedim(-1, 0)[None]
     mode = {1: "linear", 2: "bicubic", 3: "trilinear"}[len(old)]
     resized = nn.functional.interpolate(field, size=new, mode=mode, align_corners=False)
@@ -63,7 +63,8 @@ class Positions(nn.Module):
 
     Args:
         kind: ``sincos`` or ``learned``.
-        layout: The layout it is made for; others are computed (sincos) or interpolated (learned) on the fly.
+        layout: The layout it is made for. On others a sin-cos table is computed, a learned one is interpolated; a
+            shorter sequence takes the first rows.
         width: D.
         std: Standard deviation of a learned table's start; 0 is zeros.
     """
@@ -80,28 +81,30 @@ class Positions(nn.Module):
 
     def forward(self, layout: Layout) -> Tensor:
         """[N,D] for ``layout``."""
-        if layout.segments == self.layout.segments:
+        if [(s.name, s.grid) for s in layout.segments] == [(s.name, s.grid) for s in self.layout.segments]:
             return self.table
-        return torch.cat([self._rows(i, s) for i, s in enumerate(layout.segments)])
+        return torch.cat([self._rows(segment) for segment in layout.segments])
 
-    def _rows(self, place: int, segment: Segment) -> Tensor:
+    def _rows(self, segment: Segment) -> Tensor:
+        home = next((s for s in self.layout.segments if s.name == segment.name), None)
+        if home is not None and len(segment.grid) == len(home.grid) == 1 and segment.cells <= home.cells:
+            return self.table[home.start : home.start + segment.cells]  # a shorter sequence keeps its places
         if self.kind == "sincos":
             return sincos(segment.grid, self.width).to(self.table)
-        home = next((s for s in self.layout.segments if s.name == segment.name), None)
         if home is None:
             raise ConfigError(f"no positions were learned for the segment {segment.name!r}")
+        if len(segment.grid) == 1:
+            raise ConfigError(
+                f"positions were learned for {home.cells} places, {segment.field} has {segment.cells}: cut it shorter"
+            )
         return interpolate(self.table[home.start : home.stop], home.grid, segment.grid)
 
 
 def rotary(index: Tensor, width: int) -> tuple[Tensor, Tensor]:
     """Cosines and sines [B,1,T,width/2] of the angles of places ``index`` [B,T], for heads of ``width``."""
-    angle = index[:, None, :, None].float() * _frequencies(width, index.device)
+    omega = 10000.0 ** (-torch.arange(width // 2, device=index.device).float() / (width // 2))
+    angle = index[:, None, :, None].float() * omega
     return angle.cos(), angle.sin()
-
-
-@functools.lru_cache(maxsize=16)
-def _frequencies(width: int, device: torch.device) -> Tensor:
-    return 10000.0 ** (-torch.arange(width // 2, device=device).float() / (width // 2))
 
 
 def rotate(x: Tensor, rotation: tuple[Tensor, Tensor]) -> Tensor:

@@ -8,9 +8,10 @@ from torch import Tensor, nn
 
 from quire.contracts import Batch, Spec
 from quire.errors import DataError
+from quire.roles.tokens.blocks import xavier
 from quire.roles.tokens.contract import Layout, Segment
 from quire.roles.tokens.patches import pair, patch_grid, patchify
-from quire.roles.tokens.trunk import TrunkEncoder, xavier
+from quire.roles.tokens.trunk import TrunkEncoder
 
 
 class PatchStem(nn.Module):

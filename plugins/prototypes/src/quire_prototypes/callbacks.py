@@ -94,27 +94,27 @@ class PrototypeImages(Callback):
         """Test images explained."""
         self._explanations(trainer, pl_module)
 
-    def _folder(self, trainer: Any) -> Path:
-        return expand(self.path) if self.path else Path(trainer.log_dir or trainer.default_root_dir) / "prototypes"
-
-    def _ready(self, trainer: Any, model: Any) -> bool:
+    def _folder(self, trainer: Any, model: Any) -> Path | None:
+        """Where this process draws to; None when it doesn't."""
+        log = trainer.log_dir  # asked on every rank: Lightning broadcasts it
         if not trainer.is_global_zero or trainer.fast_dev_run:
-            return False
+            return None
         if source_of(model) is None:
             rank_zero_warn("PrototypeImages draws nothing: it needs the training split of a data module")
-            return False
-        return True
+            return None
+        return expand(self.path) if self.path else Path(log or trainer.default_root_dir) / "prototypes"
 
     @torch.no_grad()
     def _prototypes(self, trainer: Any, model: Any, epoch: int) -> None:
-        if not self._ready(trainer, model):
+        folder = self._folder(trainer, model)
+        if folder is None:
             return
         layer, source = layer_of(model), need_source(model, self)
         found = scan(model, source)
         with evaluating(model):
             drawn = layer.pictures()
             near = take(model, source, "train", found.nearest.tolist())
-        file = self._folder(trainer) / f"prototypes-{epoch:04d}.png"
+        file = folder / f"prototypes-{epoch:04d}.png"
         pixels = draw_prototypes(file, drawn, layer, found, near.get("image"))
         for logger in trainer.loggers:
             if hasattr(logger, "log_image"):
@@ -124,7 +124,8 @@ class PrototypeImages(Callback):
 
     @torch.no_grad()
     def _explanations(self, trainer: Any, model: Any) -> None:
-        if not self._ready(trainer, model):
+        folder = self._folder(trainer, model)
+        if folder is None:
             return
         layer, source = layer_of(model), need_source(model, self)
         count = min(self.examples, len(source.dataset("test")))  # type: ignore[arg-type]
@@ -134,7 +135,7 @@ class PrototypeImages(Callback):
                 return
             codes = codes_of(model, batch)
             why, again, drawn = layer.explain(codes), layer.reconstruct(codes), layer.pictures()
-        draw_explanations(self._folder(trainer) / "explanations.png", batch, again, why, drawn)
+        draw_explanations(folder / "explanations.png", batch, again, why, drawn)
 
 
 class PushPrototypes(Callback):

@@ -1,0 +1,333 @@
+"""The one verification loop: plain decoding is speculation without a drafter."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Generator, Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from quire.contracts import Batch, Part, Sampler
+from quire.data import mix
+from quire.errors import ConfigError, DataError
+from quire.roles.language.accept import Exact, SampleOnce, tiny_speculative, walk
+from quire.roles.language.contract import (
+    Acceptance,
+    Caps,
+    DecodeState,
+    Draft,
+    Drafter,
+    Generated,
+    StepModel,
+    codes_of,
+    device_of,
+)
+from quire.roles.language.guard import SpeedGuard
+from quire.roles.language.rows import Row, padded, prompts_of, rows_of, select, slots, sources_of
+from quire.roles.language.stats import Stats
+from quire.roles.language.stop import StopRule
+
+
+class Speculative(Sampler):
+    """Decode with a drafter: several guessed tokens are checked in one pass of the model.
+
+    Args:
+        drafter: Where guesses come from; null decodes plainly.
+        acceptance: Which guesses stand; default ``Exact``, whose output is plain greedy decoding's.
+        guard: Watches whether drafting pays and goes plain where it doesn't; null never does.
+        budget: Most nodes a draft may have.
+        max_new_tokens: Exact limit of each row.
+        max_total: Limit of prompt and continuation together; null: the model's own.
+        stop: Strings that end a row.
+        processors: Parts ``(prefix ids, logits [V]) -> logits`` run at each node with its own prefix.
+        seed: Of sampling; a row's stream depends on it and on the row's index alone, not on the batch.
+
+    Raises:
+        ConfigError: a limit below 0, a model without a capability that the drafter needs, a prompt too long.
+    """
+
+    decoder: StepModel
+
+    def __init__(
+        self,
+        drafter: Drafter | None = None,
+        acceptance: Acceptance | None = None,
+        guard: SpeedGuard | None = None,
+        budget: int = 64,
+        max_new_tokens: int = 64,
+        max_total: int | None = None,
+        stop: list[str] | None = None,
+        processors: list[Part] | None = None,
+        seed: int = 0,
+        debug: bool = False,
+    ) -> None:
+        super().__init__()
+        if max_new_tokens < 0:
+            raise ConfigError(f"sampler.max_new_tokens must be at least 0, got {max_new_tokens}")
+        if budget < 1:
+            raise ConfigError(f"sampler.budget must be at least 1, got {budget}")
+        self.drafter, self.acceptance, self.guard = drafter, acceptance or Exact(), guard
+        self.budget, self.max_new_tokens, self.max_total = budget, max_new_tokens, max_total
+        self.strings, self.processors, self.seed, self.debug = stop or [], list(processors or []), seed, debug
+
+    @classmethod
+    def tiny(cls) -> dict[str, Any]:
+        """Prompt lookup on the standard library's text."""
+        return tiny_speculative({})
+
+    @property
+    def lossless(self) -> bool:
+        """Whether its output's law is plain decoding's."""
+        return self.acceptance.lossless
+
+    def forward(self, model: Any, batch: Batch) -> Generated:
+        """Continue every prompt of the batch."""
+        events = self.stream(model, batch)
+        while True:
+            try:
+                next(events)
+            except StopIteration as end:
+                return end.value
+
+    def finish(self, model: Any, results: list[Any]) -> Any:
+        """One row a continuation, and the summed statistics last."""
+        decode = getattr(getattr(model, "tokenizer", None), "decode", None)
+        rows = [row for result in results for row in rows_of(result, decode)]
+        total = Stats()
+        for result in results:
+            total = total.merge(result.stats)
+        return [*rows, {"stats": total.to_dict()}]
+
+    @torch.no_grad()  # on a generator torch restores the mode between yields
+    def stream(self, model: Any, batch: Batch) -> Generator[tuple[int, list[int]], None, Generated]:
+        """Yield ``(row, ids)`` as tokens are certain; several at once, none is ever retracted.
+
+        The generator's return value is the ``Generated``.
+        """
+        target: StepModel = model.decoder.role(StepModel)
+        codes = codes_of(model, batch)
+        prompts = prompts_of(batch, target.caps())
+        sources = sources_of(batch)
+        decode = getattr(getattr(model, "tokenizer", None), "decode", None)
+        if self.strings and decode is None:
+            raise ConfigError("sampler.stop needs a tokenizer: use a text data module, or end by token")
+        index = batch["index"].tolist() if "index" in batch else list(range(len(prompts)))
+        whole = Stats()
+        rows: list[Row] = []
+        groups = [list(range(len(prompts)))] if target.caps().batch else [[i] for i in range(len(prompts))]
+        for group in groups:
+            part = None if codes is None else select(codes, group, len(prompts))
+            made = [self._row(i, prompts[i], index[i], target.caps(), decode) for i in group]
+            picked = [sources[i] for i in group] if sources else None
+            stats = yield from self._decode(target, made, part, picked)
+            stats.rows_looped = 0 if target.caps().batch else len(group)
+            whole = whole.merge(stats)
+            rows += made
+        tokens = [[row.stop.emitted] for row in rows]
+        return Generated(index, tokens, [], [[row.stop.reason or "length"] for row in rows], whole)
+
+    # ---- inside
+    def _row(self, place: int, prompt: list[int], index: int, caps: Caps, decode: Callable | None) -> Row:
+        limit = self.max_new_tokens
+        most = min((n for n in (caps.positions_max, self.max_total) if n is not None), default=None)
+        if most is not None:
+            if len(prompt) >= most and limit:
+                raise ConfigError(f"prompt {place} has {len(prompt)} tokens; the model takes {most}")
+            limit = min(limit, most - len(prompt))
+        stop = StopRule(caps.eos_ids, limit, self.strings, decode)
+        return Row(place, prompt, stop, torch.Generator().manual_seed(mix(self.seed, index)))
+
+    def _decode(
+        self, target: StepModel, rows: list[Row], codes: Any, sources: list[list[int]] | None
+    ) -> Generator[tuple[int, list[int]], None, Stats]:
+        stats = Stats(rows=len(rows))
+        start = time.perf_counter()
+        caps = target.caps()
+        if self.drafter is not None:
+            self.drafter.begin(target, [r.prompt for r in rows], sources)
+        if all(r.stop.reason for r in rows):
+            return stats
+        if self.guard is not None:
+            self.guard.calibrate(target)
+        prompt, mask = padded([r.prompt for r in rows], caps.pad_id, device_of(target))
+        longest = max(len(r.prompt) + r.stop.limit for r in rows) + self.budget * (self.drafter is not None)
+        if caps.positions_max is not None:
+            longest = min(longest, caps.positions_max + self.budget)
+        state = target.open(prompt, mask, codes, max_length=longest)
+        stats.prefill_ms = 1e3 * (time.perf_counter() - start)
+        begun = time.perf_counter()
+        for i, row in enumerate(rows):
+            row.pending = self.acceptance.first(self._processed(row.context, state.logits[i]), row.generator)
+            taken = row.stop.feed([row.pending])
+            stats.new_tokens += len(taken)
+            stats.ttft_ms = stats.ttft_ms or 1e3 * (time.perf_counter() - start)
+            yield row.place, taken
+        alive = self._leave(target, state, rows)
+        while alive:
+            drafts = self._drafts(alive, state, caps, stats)
+            ids, parents, valid = slots(alive, drafts, device_of(target))
+            before = time.perf_counter()
+            logits = target.step(state, ids, parents=parents, valid=valid)
+            stats.verify_ms += 1e3 * (time.perf_counter() - before)
+            stats.target_forwards += 1
+            stats.target_positions += ids.numel()
+            chosen = torch.full(ids.shape, -1, dtype=torch.long)
+            events = []
+            for i, (row, (nodes, bonus)) in enumerate(zip(alive, self._choices(alive, drafts, logits))):
+                events.append(self._emit(row, drafts[i], nodes, bonus, stats))
+                kept = [0, *(n + 1 for n in nodes)]
+                chosen[i, : len(kept)] = torch.tensor(kept)
+            target.keep(state, chosen)
+            stats.cache_bytes_peak = max(stats.cache_bytes_peak, int(state.extras.get("cache_bytes", 0)))
+            stats.layers_used += float(state.extras.get("layers_used", 0.0))
+            if self.debug:
+                self._check(alive, state)
+            yield from events
+            alive = self._leave(target, state, alive)
+        stats.decode_ms = 1e3 * (time.perf_counter() - begun)
+        stats.drafter_forwards = self.drafter.drafter_forwards if self.drafter is not None else 0
+        return stats
+
+    def _drafts(self, alive: list[Row], state: DecodeState, caps: Caps, stats: Stats) -> list[Draft | None]:
+        before = time.perf_counter()
+        allowed = self.budget if self.guard is None else self.guard.budget(self.budget)
+        drafts: list[Draft | None] = []
+        lengths = state.lengths.tolist() if caps.positions_max is not None else [0] * len(alive)
+        for row, length in zip(alive, lengths):
+            depth = row.stop.left - 1  # the bonus token fills the last place
+            if caps.positions_max is not None:
+                depth = min(depth, caps.positions_max - length - 1)
+            draft = None
+            if self.drafter is not None and depth > 0 and allowed > 0:
+                draft = self.drafter.propose(row.place, row.context, allowed)
+                draft = draft.cut(depth, allowed) if draft is not None else None
+                if draft is not None and not caps.tree_mask and draft.parents != list(range(-1, len(draft.tokens) - 1)):
+                    why = caps.lacks.get("tree_mask", "the decoder has none: use a chain drafter")
+                    raise ConfigError(f"Speculative with {type(self.drafter).__name__} needs tree_mask; {why}")
+            drafts.append(draft if draft is not None and draft.tokens else None)
+        spent = 1e3 * (time.perf_counter() - before)
+        stats.draft_ms += spent
+        self._allowed, self._draft_ms = allowed, spent / len(alive)
+        if self.drafter is not None:
+            plain = sum(d is None for d in drafts)
+            stats.fallback_steps += plain
+            stats.guard_off_steps += plain if allowed == 0 else 0
+        return drafts
+
+    def _choices(self, alive: list[Row], drafts: list[Draft | None], logits: Tensor) -> Iterator[tuple[list[int], int]]:
+        empty = Draft([], [])
+        plain_exact = type(self.acceptance) is Exact and not self.processors
+        top = logits.argmax(-1).tolist() if plain_exact else None  # one transfer for all rows
+        for i, (row, draft) in enumerate(zip(alive, drafts)):
+            if top is not None:
+                yield walk(draft or empty, top[i].__getitem__)
+            else:
+                own = logits[i, : 1 + len((draft or empty).tokens)]
+                yield self.acceptance.choose(self._at_nodes(row, draft or empty, own), draft or empty, row.generator)
+
+    def _at_nodes(self, row: Row, draft: Draft, logits: Tensor) -> Tensor:
+        if not self.processors:
+            return logits
+        paths: list[list[int]] = [row.context]
+        for token, parent in zip(draft.tokens, draft.parents):
+            paths.append([*paths[parent + 1], token])
+        return torch.stack([self._processed(path, row_) for path, row_ in zip(paths, logits)])
+
+    def _processed(self, prefix: list[int], logits: Tensor) -> Tensor:
+        for processor in self.processors:
+            logits = processor(prefix, logits)
+        return logits
+
+    def _emit(self, row: Row, draft: Draft | None, nodes: list[int], bonus: int, stats: Stats) -> tuple[int, list[int]]:
+        path = [draft.tokens[n] for n in nodes] if draft is not None else []
+        context = row.context
+        taken = row.stop.feed([*path, bonus])
+        stats.steps += 1
+        stats.new_tokens += len(taken)
+        stats.cut += len(path) + 1 - len(taken)
+        row.pending = bonus
+        if draft is not None and self.drafter is not None:
+            stats.count(draft.depths(), len(nodes))
+            rejected = [t for i, t in enumerate(draft.tokens) if i not in set(nodes)]
+            self.drafter.observe(row.place, context, [*path, bonus], rejected)
+        elif self.drafter is not None:
+            self.drafter.observe(row.place, context, [bonus], [])
+        if self.guard is not None:
+            drafted = len(draft.tokens) if draft is not None else 0
+            self.guard.note(self._allowed, drafted, len(taken), self._draft_ms)
+        return row.place, taken
+
+    def _leave(self, target: StepModel, state: DecodeState, rows: list[Row]) -> list[Row]:
+        stay = [i for i, row in enumerate(rows) if row.stop.reason is None]
+        if stay and len(stay) < len(rows):
+            target.rows(state, torch.tensor(stay, device=state.lengths.device))
+        return [rows[i] for i in stay]
+
+    def _check(self, alive: list[Row], state: DecodeState) -> None:
+        for row, length in zip(alive, state.lengths.tolist()):
+            if row.stop.reason is None and length != len(row.context) - 1:
+                raise DataError(f"row {row.place} holds {length} slots for {len(row.context)} tokens")
+
+
+class Greedy(Speculative):
+    """The likeliest token at each step.
+
+    Args:
+        max_new_tokens: Exact limit of each row.
+        max_total: Limit of prompt and continuation together; null: the model's own.
+        stop: Strings that end a row.
+
+    Raises:
+        ConfigError: a limit below 0.
+    """
+
+    def __init__(self, max_new_tokens: int = 64, max_total: int | None = None, stop: list[str] | None = None) -> None:
+        super().__init__(max_new_tokens=max_new_tokens, max_total=max_total, stop=stop)
+
+    @classmethod
+    def tiny(cls) -> dict[str, Any]:
+        """A small language model on the standard library's text."""
+        run = tiny_speculative({})
+        run["model"]["sampler"] = {"class_path": "Greedy", "init_args": {"max_new_tokens": 8}}
+        return run
+
+
+class Sample(Speculative):
+    """One sampled continuation a row.
+
+    Args:
+        temperature: Above 0.
+        top_p: Nucleus, in (0, 1].
+        top_k: Most tokens considered; 0 for all.
+        max_new_tokens: Exact limit of each row.
+        max_total: Limit of prompt and continuation together; null: the model's own.
+        stop: Strings that end a row.
+        processors: As in ``Speculative``.
+        seed: A row's stream depends on it and on the row's index alone.
+
+    Raises:
+        ConfigError: an argument out of range.
+    """
+
+    def __init__(
+        self,
+        temperature: float = 1.0,
+        top_p: float = 1.0,
+        top_k: int = 0,
+        max_new_tokens: int = 64,
+        max_total: int | None = None,
+        stop: list[str] | None = None,
+        processors: list[Part] | None = None,
+        seed: int = 0,
+    ) -> None:
+        rule = SampleOnce(temperature, top_p, top_k)
+        super().__init__(None, rule, None, 1, max_new_tokens, max_total, stop, processors, seed)
+
+    @classmethod
+    def tiny(cls) -> dict[str, Any]:
+        """A small language model on the standard library's text."""
+        run = tiny_speculative({})
+        run["model"]["sampler"] = {"class_path": "Sample", "init_args": {"max_new_tokens": 8, "top_p": 0.9}}
+        return run

@@ -1,0 +1,124 @@
+"""Batches as rows of ids, and rows as the slots of one step."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from quire.contracts import Batch
+from quire.errors import ConfigError
+from quire.roles.language.contract import Caps, Draft, Generated
+from quire.roles.language.stop import StopRule
+
+
+@dataclasses.dataclass
+class Row:
+    """One continuation under way."""
+
+    place: int
+    prompt: list[int]
+    stop: StopRule
+    generator: torch.Generator
+    pending: int = 0
+
+    @property
+    def context(self) -> list[int]:
+        """Prompt and everything emitted."""
+        return self.prompt + self.stop.emitted
+
+
+def prompts_of(batch: Batch, caps: Caps) -> list[list[int]]:
+    """Prompt ids of each row: its real tokens, up to ``prompt_length`` if there is one; nothing behind a source."""
+    if "source" in batch:
+        count = len(batch["source"])
+        rows: list[list[int]] = [[] for _ in range(count)]
+    else:
+        mask = batch.get("mask")
+        tokens = batch["tokens"]
+        real = tokens.new_ones(tokens.shape, dtype=torch.bool) if mask is None else mask
+        rows = [t[m].tolist() for t, m in zip(tokens, real)]
+        if "prompt_length" in batch:
+            rows = [r[:n] for r, n in zip(rows, batch["prompt_length"].tolist())]
+    for i, row in enumerate(rows):
+        if not row:
+            if caps.start_id is None:
+                raise ConfigError(f"prompt {i} is empty and the tokenizer has no start token")
+            row.append(caps.start_id)
+    return rows
+
+
+def sources_of(batch: Batch) -> list[list[int]] | None:
+    """What an editing drafter may copy: the source, or the marked slice of the prompt."""
+    if "source" in batch:
+        mask = batch.get("source_mask")
+        real = torch.ones_like(batch["source"], dtype=torch.bool) if mask is None else mask
+        return [s[m].tolist() for s, m in zip(batch["source"], real)]
+    if "source_span" in batch:
+        mask = batch.get("mask")
+        real = torch.ones_like(batch["tokens"], dtype=torch.bool) if mask is None else mask
+        return [t[m].tolist()[a:b] for t, m, (a, b) in zip(batch["tokens"], real, batch["source_span"].tolist())]
+    return None
+
+
+def padded(rows: list[list[int]], pad: int, device: torch.device) -> tuple[Tensor, Tensor | None]:
+    """Right-padded ids [B,L] and mask, or None when nothing is padded."""
+    longest = max(len(r) for r in rows)
+    ids = torch.tensor([r + [pad] * (longest - len(r)) for r in rows], device=device)
+    if all(len(r) == longest for r in rows):
+        return ids, None
+    lengths = torch.tensor([len(r) for r in rows], device=device)
+    return ids, torch.arange(longest, device=device) < lengths[:, None]
+
+
+def slots(
+    alive: list[Row], drafts: list[Draft | None], device: torch.device
+) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    """Ids, parents and validity of one step: slot 0 is the pending token, slot i+1 is node i.
+
+    Parents and validity stay on the CPU, where they are read.
+    """
+    width = 1 + max(len(d.tokens) if d is not None else 0 for d in drafts)
+    ids, parents, valid, chain = [], [], [], True
+    for row, draft in zip(alive, drafts):
+        tokens = draft.tokens if draft is not None else []
+        above = [-1, *(p + 1 for p in draft.parents)] if draft is not None else [-1]
+        chain = chain and above == list(range(-1, len(tokens)))
+        fill = width - 1 - len(tokens)
+        ids.append([row.pending, *tokens, *[row.pending] * fill])
+        parents.append(above + [-1] * fill)
+        valid.append([True] * (1 + len(tokens)) + [False] * fill)
+    whole = all(all(v) for v in valid)
+    return (
+        torch.tensor(ids, device=device),
+        None if chain else torch.tensor(parents),
+        None if whole else torch.tensor(valid),
+    )
+
+
+def select(codes: Any, rows: list[int], total: int) -> Any:
+    """The codes of some rows."""
+    if rows == list(range(total)):
+        return codes
+    picked = {
+        f.name: v[rows]
+        for f in dataclasses.fields(codes)
+        if isinstance(v := getattr(codes, f.name), Tensor) and v.ndim and len(v) == total
+    }
+    return dataclasses.replace(codes, **picked)
+
+
+def rows_of(result: Generated, decode: Callable[[list[int]], str] | None) -> list[dict[str, Any]]:
+    """Plain rows for a predictions file."""
+    rows = []
+    for index, tokens, finish in zip(result.index, result.tokens, result.finish):
+        row: dict[str, Any] = {"index": index, "tokens": tokens, "finish": finish}
+        if decode is not None:
+            row["text"] = [decode(t) for t in tokens]
+        rows.append(row)
+    for row, scores in zip(rows, result.scores):
+        row["scores"] = scores
+    return rows

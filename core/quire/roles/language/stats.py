@@ -1,0 +1,103 @@
+"""Counts and times that every decoding result carries."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+
+@dataclass
+class Stats:
+    """What one batch cost. Milliseconds of wall time; ``merge`` adds batches.
+
+    Attributes:
+        prefill_ms, decode_ms, draft_ms, verify_ms: Time in prompt, loop, drafters, target passes.
+        ttft_ms: Time to the first token of the first row.
+        target_forwards: Passes of the target model after the prefill.
+        target_positions: Slots that those passes computed.
+        drafter_forwards: Passes of models inside drafters.
+        drafted: Nodes proposed; accepted: nodes that stood (the bonus token is not counted).
+        accepted_hist: accepted per step → how often.
+        depth_drafted, depth_accepted: Per depth of node (from 1), for ``per_depth_accept``.
+        fallback_steps: Steps without a draft; guard_off_steps: of these, those the guard chose.
+        rows_looped: Rows run one by one because the model has no ``batch``.
+        layers_used: Sum over steps of layers run; 0 when the model does not route.
+        cache_bytes_peak: Bytes of the target's cache at its largest.
+        new_tokens: Tokens emitted; rows: continuations; steps: row-steps of the loop; cut: accepted tokens past a stop.
+    """
+
+    prefill_ms: float = 0.0
+    decode_ms: float = 0.0
+    draft_ms: float = 0.0
+    verify_ms: float = 0.0
+    ttft_ms: float = 0.0
+    target_forwards: int = 0
+    target_positions: int = 0
+    drafter_forwards: int = 0
+    drafted: int = 0
+    accepted: int = 0
+    accepted_hist: dict[int, int] = field(default_factory=dict)
+    depth_drafted: dict[int, int] = field(default_factory=dict)
+    depth_accepted: dict[int, int] = field(default_factory=dict)
+    fallback_steps: int = 0
+    guard_off_steps: int = 0
+    rows_looped: int = 0
+    layers_used: float = 0.0
+    cache_bytes_peak: int = 0
+    new_tokens: int = 0
+    rows: int = 0
+    steps: int = 0
+    cut: int = 0
+
+    @property
+    def tpot_ms(self) -> float:
+        """Decode time per token after each row's first."""
+        return self.decode_ms / max(1, self.new_tokens - self.rows)
+
+    @property
+    def layers_used_mean(self) -> float:
+        """Layers run per target pass; 0 when the model does not route."""
+        return self.layers_used / max(1, self.target_forwards)
+
+    def per_depth_accept(self) -> dict[int, float]:
+        """Share of drafted nodes that stood, by depth."""
+        return {d: self.depth_accepted.get(d, 0) / n for d, n in sorted(self.depth_drafted.items())}
+
+    def count(self, drafted_depths: list[int], accepted: int) -> None:
+        """Note one verified draft."""
+        self.drafted += len(drafted_depths)
+        self.accepted += accepted
+        self.accepted_hist[accepted] = self.accepted_hist.get(accepted, 0) + 1
+        for depth in drafted_depths:
+            self.depth_drafted[depth] = self.depth_drafted.get(depth, 0) + 1
+        for depth in range(1, accepted + 1):
+            self.depth_accepted[depth] = self.depth_accepted.get(depth, 0) + 1
+
+    def merge(self, other: Stats) -> Stats:
+        """The sum of two; peaks are maxima, the time to first token is the first's."""
+        made = Stats()
+        for name, mine in vars(self).items():
+            theirs = getattr(other, name)
+            if isinstance(mine, dict):
+                value: Any = {k: mine.get(k, 0) + theirs.get(k, 0) for k in sorted({*mine, *theirs})}
+            elif name == "cache_bytes_peak":
+                value = max(mine, theirs)
+            elif name == "ttft_ms":
+                value = mine or theirs
+            else:
+                value = mine + theirs
+            setattr(made, name, value)
+        return made
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values, derived ones included."""
+        return {
+            **asdict(self),
+            "tpot_ms": self.tpot_ms,
+            "layers_used_mean": self.layers_used_mean,
+            "per_depth_accept": self.per_depth_accept(),
+        }
+
+    def table(self) -> str:
+        """One line a figure."""
+        return "\n".join(f"{name:<18} {value}" for name, value in self.to_dict().items() if value)

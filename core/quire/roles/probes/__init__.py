@@ -1,0 +1,1 @@
+"""Judges of a representation: classification with labels, probes of a frozen encoder, health without labels."""
