@@ -2,14 +2,10 @@
 
 from __future__ import annotations
 
-import functools
 import hashlib
-import importlib
-import inspect
 import json
 import os
 import pickle
-import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -18,66 +14,14 @@ import torch
 from lightning.pytorch.plugins.io import TorchCheckpointIO
 from safetensors.torch import load_model, save_model
 
-from quire.contracts import SLOTS, Component, Decoder, Encoder, Objective, Part, Sampler, Spec, build, plain
+from quire.contracts import SLOTS, Component, Decoder, Encoder, Objective, Part, Sampler, plain
 from quire.errors import ConfigError
+from quire.optimizers import each, optimizer_plain
 from quire.plugins import load as installed
+from quire.recipe import adopt, instantiate
 
 if TYPE_CHECKING:
     from quire.model import Model
-
-
-# ---- components ↔ plain values
-def instantiate(what: Any) -> Any:
-    """Build a component from ``{"class_path", "init_args"}``; a component passes through.
-
-    Only classes that an installed plugin registered, or component classes already imported, are made: a
-    checkpoint can't name a function to call.
-    """
-    if not isinstance(what, Mapping) or "class_path" not in what:
-        if isinstance(what, (list, tuple)):
-            return [instantiate(w) for w in what]
-        return what
-    cls = component_class(what["class_path"])
-    arguments = {k: _instantiate_nested(v) for k, v in (what.get("init_args") or {}).items()}
-    made = cls(**arguments)
-    if what.get("pretrained"):
-        _adopt(made, dict(what["pretrained"]))
-    return made
-
-
-def _instantiate_nested(value: Any) -> Any:
-    if isinstance(value, Mapping) and "class_path" in value:
-        return instantiate(value)
-    if isinstance(value, Mapping):
-        return {k: _instantiate_nested(v) for k, v in value.items()}
-    if isinstance(value, list):
-        return [_instantiate_nested(v) for v in value]
-    return value
-
-
-def component_class(path: str) -> type[Component]:
-    """The component class of a path or short name. Raises ``ConfigError`` naming the missing plugin."""
-    registry = installed().registry
-    entry = registry.by_path(path) if "." in path else registry.get(path)
-    if entry is not None:
-        return entry.load()
-    module, _, name = path.rpartition(".")
-    found = getattr(sys.modules.get(module), name, None)
-    if isinstance(found, type) and issubclass(found, Component):
-        return found
-    package = module.partition(".")[0]
-    need = f": pip install {package.replace('_', '-')}" if package.startswith("quire_") else ""
-    raise ConfigError(f"the checkpoint needs {path}, which no installed plugin registers{need or ': import it first'}")
-
-
-def _adopt(part: Component, origin: dict[str, Any]) -> None:
-    build(part, Spec(origin["spec"]))
-    object.__setattr__(part, "origin", origin)
-    part.frozen = bool(origin.get("freeze"))
-    if part.frozen:
-        part.requires_grad_(False).eval()
-    else:
-        part.train()  # a loaded model is in eval mode, and the trainer keeps the mode it finds
 
 
 def describe(model: Model) -> dict[str, Any]:
@@ -87,51 +31,10 @@ def describe(model: Model) -> dict[str, Any]:
         part = getattr(model, slot)
         parts[slot] = None if part is None else plain(part)
     parts["metrics"] = [plain(m) for m in model.metrics if isinstance(m, Component)]
-    parts["optimizer"] = optimizer_plain(model.optimizer)
-    parts["schedule"] = plain(model.schedule)
+    parts["optimizer"] = each(model.optimizer, optimizer_plain)
+    parts["schedule"] = each(model.schedule, plain)
     parts["spec"] = dict(model.spec) if model.spec is not None else None
     return parts
-
-
-# ---- optimizers
-def optimizer_from(given: Any) -> Any:
-    """A callable ``groups → Optimizer`` from None, a callable, or plain values of a checkpoint."""
-    if given is None:
-        return functools.partial(torch.optim.AdamW, lr=1e-3, weight_decay=0.05)
-    if not isinstance(given, Mapping):
-        return given
-    module, _, name = given["class_path"].rpartition(".")
-    holder = importlib.import_module(module) if module.startswith("torch.optim") else sys.modules.get(module)
-    cls = getattr(holder, name, None)
-    if not (isinstance(cls, type) and issubclass(cls, torch.optim.Optimizer)):
-        raise ConfigError(f"the checkpoint's optimizer {given['class_path']} is not a known optimizer class")
-    return functools.partial(cls, **given.get("init_args", {}))
-
-
-def _optimizer_class(made: Any) -> type | None:
-    for item in (getattr(made, "func", made), *getattr(made, "args", ())):
-        if isinstance(item, type) and issubclass(item, torch.optim.Optimizer):
-            return item
-    return None
-
-
-def optimizer_plain(made: Any) -> dict[str, Any] | None:
-    """``{"class_path", "init_args"}`` of a partial optimizer; None when it is some other callable."""
-    cls = _optimizer_class(made)
-    if cls is None:
-        return None
-    arguments = {k: list(v) if isinstance(v, tuple) else v for k, v in getattr(made, "keywords", {}).items()}
-    return {"class_path": f"{cls.__module__}.{cls.__qualname__}", "init_args": arguments}
-
-
-def learning_rate(made: Any) -> float:
-    """The base learning rate of a partial optimizer, for layer-wise decay."""
-    if "lr" in getattr(made, "keywords", {}):
-        return float(made.keywords["lr"])
-    cls = _optimizer_class(made)
-    if cls is None:
-        raise ConfigError("layer_decay needs model.optimizer given by class_path, to know its learning rate")
-    return float(inspect.signature(cls).parameters["lr"].default)
 
 
 # ---- reading
@@ -220,7 +123,11 @@ def compare(model: Model, content: Mapping[str, Any]) -> None:
         raise ConfigError("not a Quire checkpoint: it has no record of its parts")
     theirs, ours = content.get("hyper_parameters", {}), describe(model)
     weights, wanted = _shapes(content["state_dict"]), _shapes(model.state_dict())
-    for slot in ("encoder", "decoder") if weights == wanted else ("encoder", "decoder", "objective"):
+    idle = () if model.objective is not None else ("objective.",)
+    weights = {k: v for k, v in weights.items() if not k.startswith(idle)} if idle else weights
+    wanted = {k: v for k, v in wanted.items() if k in weights or not k.startswith(("sampler.", "metrics."))}
+    slots = ("encoder", "decoder") if weights == wanted or idle else ("encoder", "decoder", "objective")
+    for slot in slots:
         a, b = theirs.get(slot) or {}, ours.get(slot) or {}
         if a.get("class_path") != b.get("class_path"):
             raise ConfigError(
@@ -350,7 +257,7 @@ class Pretrained(Encoder, Decoder, Objective, Sampler, Part):
             "freeze": freeze,
             "layer_decay": layer_decay,
         }
-        _adopt(found, origin)
+        adopt(found, origin)
         return found
 
     def __init__(

@@ -178,6 +178,8 @@ def _cli_class(words: set[str]) -> type:
             keeps = any(isinstance(c, ModelCheckpoint) for c in callbacks)
             if self.subcommand == "fit" and not keeps and given.get("enable_checkpointing") is not False:
                 callbacks.append(ModelCheckpoint(save_last=True, save_on_exception=False))
+            if getattr(self.model.objective, "players", ()) and wants_ddp(given):
+                kwargs["strategy"] = "ddp_find_unused_parameters_true"  # one player's step leaves the others' unused
             try:
                 trainer = super().instantiate_trainer(callbacks=callbacks, **kwargs)
             except (ValueError, TypeError, MisconfigurationException) as error:
@@ -192,6 +194,13 @@ def _cli_class(words: set[str]) -> type:
                     print(line)
 
     return CLI
+
+
+def wants_ddp(given: Mapping[str, Any]) -> bool:
+    """Whether the Trainer's arguments ask for plain DDP, in words or by several devices."""
+    devices = given.get("devices")
+    many = (isinstance(devices, (list, tuple)) and len(devices) > 1) or str(devices) not in ("auto", "None", "1", "[0]")
+    return given.get("strategy") == "ddp" or (given.get("strategy") in (None, "auto") and many)
 
 
 def written(folder: Path) -> list[str]:

@@ -123,6 +123,14 @@ class Component(nn.Module, metaclass=_Recording):
         """This component, or the one inside it, that has ``role``; None if there is none."""
         return self if isinstance(self, role) else None
 
+    def reads(self, stage: str) -> tuple[str, ...]:
+        """Batch fields it reads in ``stage`` (fit, validate, test, predict); ``fields`` unless a stage differs."""
+        return self.fields
+
+    def lacks(self, capability: str) -> str:
+        """Why a capability is missing, as a phrase; used in refusals."""
+        return f"does not offer {capability!r}"
+
     @property
     def built(self) -> bool:
         """Whether ``build`` has run."""
@@ -170,10 +178,6 @@ class Encoder(Component):
     """
 
     capabilities: frozenset[str] = frozenset()
-
-    def lacks(self, capability: str) -> str:
-        """Why a capability is missing, as a phrase; used in refusals."""
-        return f"does not offer {capability!r}"
 
     def sizes(self) -> dict[str, Any]:
         """What the codes look like, for those built after it: at least ``{"width": D}``. Valid once built."""
@@ -259,8 +263,10 @@ class Metric(Component, torchmetrics.Metric):
     """A torchmetrics metric that knows how to read a batch. Lightning aggregates it over batches and ranks."""
 
     def observe(self, model: Model, batch: Batch, losses: Losses) -> None:
-        """Update from one evaluation batch. ``losses`` is what the objective returned for it."""
-        raise NotImplementedError
+        """Update from one batch of ``validate`` or ``test``. ``losses`` is what the objective returned for it."""
+
+    def sampled(self, model: Model, batch: Batch, results: Any) -> None:
+        """Update from one batch of ``predict``. ``results`` is what the sampler returned for it."""
 
 
 SLOTS: dict[str, type[Component]] = {"encoder": Encoder, "decoder": Decoder, "objective": Objective, "sampler": Sampler}

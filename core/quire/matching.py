@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from quire.contracts import SLOTS, Component, Encoder, needed_roles
+from quire.contracts import SLOTS, Component, needed_roles
 from quire.errors import ConfigError
 from quire.plugins import load
 
@@ -50,7 +50,7 @@ def _no_capability(needer: type, slot: str, given: Component | type | None) -> s
             return f"{needer.__name__} needs {capability!r} of model.{slot}, which is not set"
         if capability not in getattr(given, "capabilities", ()):
             name = given.__name__ if isinstance(given, type) else type(given).__name__
-            lacks = given.lacks(capability) if isinstance(given, Encoder) else "does not offer it"
+            lacks = "does not offer it" if isinstance(given, type) else given.lacks(capability)
             return f"{needer.__name__} needs {capability!r}; {name} {lacks}"
     return None
 
@@ -65,10 +65,12 @@ def check_model(model: Model) -> None:
         part.check(model)
 
 
-def check_fields(model: Model, offered: tuple[str, ...], source: str) -> None:
-    """Raise ``ConfigError`` when a part reads a batch field that the data module does not offer."""
+def check_fields(model: Model, offered: tuple[str, ...], source: str, stage: str) -> None:
+    """Raise ``ConfigError`` when a part that ``stage`` uses reads a field that the data module does not offer."""
+    unused = ("objective",) if stage == "predict" else ("sampler",)
+    idle = {id(m) for slot in unused if (part := getattr(model, slot)) is not None for m in part.modules()}
     for part in model.components():
-        for wanted in part.fields:
+        for wanted in part.reads(stage) if id(part) not in idle else ():
             if not any(name in offered for name in wanted.split("|")):
                 either = wanted.replace("|", " or ")
                 raise ConfigError(

@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import math
 import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -13,7 +13,7 @@ from lightning.pytorch import LightningModule
 from lightning.pytorch.cli import OptimizerCallable
 from torch import Tensor, nn
 
-from quire import checkpoint
+from quire import checkpoint, optimizers, recipe
 from quire.contracts import (
     SLOTS,
     Batch,
@@ -32,7 +32,7 @@ from quire.contracts import (
 from quire.data import check_batch, mix
 from quire.errors import ConfigError, DataError
 from quire.matching import check_fields, check_model
-from quire.schedule import Schedule, WarmupCosine
+from quire.schedule import Schedule
 
 
 class Model(LightningModule):
@@ -44,8 +44,9 @@ class Model(LightningModule):
         objective: What ``fit``, ``validate`` and ``test`` compute.
         sampler: What ``predict`` draws; without one ``predict`` returns the encoder's codes.
         metrics: Metrics of ``validate`` and ``test``.
-        optimizer: Default AdamW, learning rate 1e-3, weight decay 0.05 (none on norms, biases and scalars).
-        schedule: Default warm-up over 5 % of the steps, then cosine to 0.
+        optimizer: Default AdamW, learning rate 1e-3, weight decay 0.05 (none on norms, biases and scalars). With
+            several players one for all, or one by player name.
+        schedule: Default warm-up over 5 % of the steps, then cosine to 0; by player name too.
         spec: Sizes of the data; linked to ``data.spec`` by the command line, else taken from the data module.
 
     Raises:
@@ -59,22 +60,21 @@ class Model(LightningModule):
         objective: Objective | None = None,
         sampler: Sampler | None = None,
         metrics: list[Metric] | None = None,
-        optimizer: OptimizerCallable | None = None,
-        schedule: Schedule | None = None,
+        optimizer: OptimizerCallable | dict[str, OptimizerCallable] | None = None,
+        schedule: Schedule | dict[str, Schedule] | None = None,
         spec: dict[str, Any] | None = None,
     ) -> None:
         super().__init__()
-        make = checkpoint.instantiate
+        make = recipe.instantiate
         self.encoder: Any = make(encoder)
         self.decoder: Any = make(decoder)
         self.objective: Any = make(objective)
         self.sampler: Any = make(sampler)
         self.metrics = nn.ModuleList([make(m) for m in metrics or []])
-        self.schedule: Schedule = make(schedule) or WarmupCosine()
-        self.optimizer = checkpoint.optimizer_from(optimizer)
+        self.schedule: Any = optimizers.schedule_from(schedule)
+        self.optimizer: Any = optimizers.optimizer_from(optimizer)
         self.spec = Spec(spec) if spec else None
         self.seed = int(os.environ.get("PL_GLOBAL_SEED", 0))
-        self.subject: Any = None  # a frozen model under study; its data module sets it
         self.refer_tokenizer(None)
         self.automatic_optimization = not self._players
         self._ready = False
@@ -88,6 +88,11 @@ class Model(LightningModule):
     def refer_tokenizer(self, tokenizer: Any) -> None:
         """Keep the data's tokenizer: saved in the checkpoint, so a loaded language model can read and write text."""
         object.__setattr__(self, "tokenizer", tokenizer)
+
+    @property
+    def subject(self) -> Any:
+        """The frozen model under study, which belongs to the data module; None without one."""
+        return getattr(getattr(self._trainer, "datamodule", None), "subject", None)
 
     # ---- parts
     def components(self) -> Iterator[Component]:
@@ -117,8 +122,9 @@ class Model(LightningModule):
             build(part, spec)
             if slot == "encoder":
                 spec = Spec({**spec, "codes": part.sizes()})
-        for part in [*self.metrics, self.schedule]:
-            build(part, spec)
+        for part in (*self.metrics, *self.schedule.modules()):
+            if isinstance(part, Component):
+                build(part, spec)
         for part in (*(getattr(self, slot) for slot in SLOTS), *self.metrics):
             if part is not None:
                 part.bind(self)
@@ -135,7 +141,7 @@ class Model(LightningModule):
         if getattr(source, "tokenizer", None) is not None:
             self.refer_tokenizer(source.tokenizer)
         if source is not None and getattr(source, "fields", None):
-            check_fields(self, tuple(source.fields), type(source).__name__)
+            check_fields(self, tuple(source.fields), type(source).__name__, stage)
         self._checked: set[str] = set()
 
     def configure_callbacks(self) -> list[Any]:
@@ -154,23 +160,25 @@ class Model(LightningModule):
         """batch → codes."""
         return self.encoder(batch)
 
-    def training_step(self, batch: Batch, batch_idx: int) -> Tensor | None:
-        """The objective's terms, weighted and summed; or one step of each player."""
+    def training_step(self, batch: Batch, batch_idx: int) -> dict[str, Any]:
+        """The objective's terms, weighted and summed; or one step of each player.
+
+        Callbacks find the objective's ``outputs`` in ``on_train_batch_end``.
+        """
         self._rekey("train", self.current_epoch, batch_idx)
         batch = self._prepare(batch, "train")
         if self._players:
-            self._play(batch)
-            return None
+            return {"outputs": self._play(batch).outputs}
         losses = self.objective(self, batch)
         loss = self._total(losses)
         self._note(losses, loss, batch)
-        return loss
+        return {"loss": loss, "outputs": losses.outputs}
 
-    def _play(self, batch: Batch) -> None:
-        optimizers, schedulers = self.optimizers(), self.lr_schedulers()
+    def _play(self, batch: Batch) -> Losses:
+        moving, schedulers = self.optimizers(), self.lr_schedulers()
         together, total = Losses({}), torch.zeros((), device=self.device)
         for i, player in enumerate(self._players):
-            optimizer = optimizers[i]  # type: ignore[index]
+            optimizer = moving[i]  # type: ignore[index]
             if i:  # the first player alone advances global_step
                 optimizer._on_before_step = optimizer._on_after_step = _nothing
             self.toggle_optimizer(optimizer)
@@ -183,8 +191,10 @@ class Model(LightningModule):
             schedulers[i].step()  # type: ignore[index]
             together.update(losses)
             together.metrics.update(losses.metrics)
+            together.outputs.update(losses.outputs)
             total = total + loss.detach()
         self._note(together, total, batch)
+        return together
 
     def validation_step(self, batch: Batch, batch_idx: int, dataloader_idx: int = 0) -> None:
         """Terms and metrics over the validation split; the draws are the same in every epoch."""
@@ -214,11 +224,16 @@ class Model(LightningModule):
         if self.sampler is None:
             codes = self.encoder(self._prepare(batch, "predict"))
             return codes.tensors() if isinstance(codes, Codes) else codes  # Lightning can't move a Layout
-        if not self.sampler.needs_grad:
-            return self.sampler(self, self._prepare(batch, "predict"))
-        with torch.inference_mode(False), torch.enable_grad():  # tensors born in inference mode can't be differentiated
-            batch = {k: v.clone() if isinstance(v, Tensor) else v for k, v in batch.items()}
-            return self.sampler(self, self._prepare(batch, "predict"))
+        if self.sampler.needs_grad:  # tensors born in inference mode can't be differentiated
+            with torch.inference_mode(False), torch.enable_grad():
+                batch = {k: v.clone() if isinstance(v, Tensor) else v for k, v in batch.items()}
+                results = self.sampler(self, self._prepare(batch, "predict"))
+        else:
+            results = self.sampler(self, self._prepare(batch, "predict"))
+        for metric in self.metrics:
+            assert isinstance(metric, Metric)
+            metric.sampled(self, batch, results)
+        return results
 
     @property
     def _players(self) -> tuple[str, ...]:
@@ -291,50 +306,7 @@ class Model(LightningModule):
     # ---- optimisation
     def configure_optimizers(self) -> Any:
         """One optimizer and schedule a player; weight decay only on matrices; layer-wise decay if asked for."""
-        total = float(self.trainer.estimated_stepping_batches)
-        players = self._players or ("",)
-        made = []
-        for player in players:
-            parameters = self.objective.parameters_of(self, player) if player else self.parameters()
-            groups = self._groups(parameters)
-            try:
-                optimizer = self.optimizer(groups)
-            except (ValueError, TypeError) as error:
-                raise ConfigError(f"model.optimizer: {error}") from error
-            curve = functools.partial(self.schedule.factor, total=total)
-            scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, curve)
-            made.append({"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}})
-        return made if len(made) > 1 else made[0]
-
-    def _groups(self, parameters: Iterable[nn.Parameter]) -> list[dict[str, Any]]:
-        wanted = {id(p) for p in parameters if p.requires_grad}
-        if not wanted:
-            raise ConfigError("nothing to train: every parameter is frozen or there are none")
-        scales = self._layer_scales()
-        rate = checkpoint.learning_rate(self.optimizer) if scales else 0.0
-        groups: dict[tuple[bool, float], list[nn.Parameter]] = {}
-        for parameter in self.parameters():
-            if id(parameter) in wanted:
-                groups.setdefault((parameter.ndim > 1, scales.get(id(parameter), 1.0)), []).append(parameter)
-        made: list[dict[str, Any]] = []
-        for (decays, scale), members in groups.items():
-            group: dict[str, Any] = {"params": members}
-            if not decays:
-                group["weight_decay"] = 0.0
-            if scale != 1.0:
-                group["lr"] = rate * scale
-            made.append(group)
-        return made
-
-    def _layer_scales(self) -> dict[int, float]:
-        scales = {}
-        for part in self.components():
-            decay = (part.__dict__.get("origin") or {}).get("layer_decay")
-            if decay and isinstance(part, Encoder):
-                layers = part.layers()
-                for i, layer in enumerate(layers):
-                    scales.update({id(p): decay ** (len(layers) - i) for p in layer.parameters()})
-        return scales
+        return optimizers.configure(self)
 
     # ---- checkpoints
     def on_save_checkpoint(self, checkpoint_: dict[str, Any]) -> None:
@@ -346,6 +318,10 @@ class Model(LightningModule):
     def on_load_checkpoint(self, checkpoint_: dict[str, Any]) -> None:
         """Refuse the checkpoint of another model by name; continue with its seed and what it had yet to log."""
         checkpoint.compare(self, checkpoint_)
+        state, ours = checkpoint_["state_dict"], self.state_dict()
+        for name in [n for n in state if n.startswith("objective.") and self.objective is None]:
+            del state[name]  # a run that only predicts needs no head of the method
+        state.update({n: v for n, v in ours.items() if n not in state and n.startswith(("sampler.", "metrics."))})
         record = checkpoint_["quire"]
         self.seed = record.get("seed", self.seed)
         unlogged = record.get("unlogged", {"count": 0, "sums": {}})

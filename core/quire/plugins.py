@@ -10,6 +10,7 @@ from functools import lru_cache
 from importlib.metadata import EntryPoint, entry_points
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 import pluggy
 
@@ -91,7 +92,8 @@ def _guarded(found: Plugins, record: Record, point: EntryPoint | None) -> None:
         found.registry.remove(record.name)
         found.commands = {n: c for n, c in found.commands.items() if c[2] != record.name}
         found.claims = {n: c for n, c in found.claims.items() if c[1] != record.name}
-        record.error = f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0]}"
+        said = " ".join(str(error).split())
+        record.error = f"{type(error).__name__}: {said if len(said) <= 240 else said[:237] + '...'}"
 
 
 def _register(found: Plugins, record: Record, module: ModuleType) -> None:
@@ -100,10 +102,16 @@ def _register(found: Plugins, record: Record, module: ModuleType) -> None:
         raise ConfigError(f"built for plugin interface {api}, this Quire has {hooks.API}: install a matching version")
     found.manager.register(module, name=record.name)
     found.manager.check_pending()
+
+    def claim(kind: str, held: dict[str, Any], name: str, value: tuple[str, ...]) -> None:
+        if name in held:
+            raise ConfigError(f"the {kind} {name} is already registered by {held[name][-1]}")
+        held[name] = (*value, record.name)
+
     table: dict[str, Callable] = {
         "quire_components": lambda path, kind, role=(): found.registry.add(path, kind, role, record.name),
-        "quire_commands": lambda name, path, help="": found.commands.update({name: (path, help, record.name)}),
-        "quire_claims": lambda name, path: found.claims.update({name: (path, record.name)}),
+        "quire_commands": lambda name, path, help="": claim("command", found.commands, name, (path, help)),
+        "quire_claims": lambda name, path: claim("claim", found.claims, name, (path,)),
     }
     for caller in found.manager.get_hookcallers(found.manager.get_plugin(record.name)) or ():
         for implementation in caller.get_hookimpls():

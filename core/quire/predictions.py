@@ -45,7 +45,13 @@ class WritePredictions(Callback):
         if pl_module.sampler is not None:
             results = pl_module.sampler.finish(pl_module, results)
         folder = Path(trainer.log_dir or ".")  # asked on every rank: it waits for rank 0
+        metrics = {type(m).__name__: m.compute() for m in pl_module.metrics if m.update_called}
         if trainer.is_global_zero:
+            if metrics:
+                file = Path(trainer.log_dir or ".") / "metrics.json"
+                file.parent.mkdir(parents=True, exist_ok=True)
+                file.write_text(json.dumps(_plain(metrics), indent=2) + "\n", encoding="utf-8")
+                print(f"wrote {file}")
             for file in write(results, folder):
                 print(f"wrote {file}")
 

@@ -181,6 +181,7 @@ def summarise(name: str, claim: Claim, results: Results, quick: bool) -> dict[st
         "claim": claim.statement,
         "budget": claim.budget + (" (quick: reduced, its verdict says little)" if quick else ""),
         "seeds": len(next(iter(results.values()))),
+        "headline": claim.headline,
         "arms": {
             arm: {
                 m: {"mean": mean(results, arm, m), "sd": spread(results, arm, m)}

@@ -10,7 +10,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from quire.plugins import load
-from quire.testing import processes, trial
+from quire.testing import faults, processes, trial
 
 NUMBERS = itertools.count()
 
@@ -402,3 +402,11 @@ def broken(files: dict[str, str], *edits: tuple[str, ...]) -> dict[str, str]:
         assert made[file].count(old) == 1, f"{old!r} is {made[file].count(old)} times in {file}"
         made[file] = made[file].replace(old, new)
     return made
+
+
+def finds(folder: Path, monkeypatch, files: dict[str, str], checks: str, words: str, *scopes: str) -> None:
+    """The kit finds faults by exactly these checks (names, spaced), and one fault has these words in it."""
+    with planted(folder, monkeypatch, files) as name:
+        found = faults(name, *scopes)
+    assert {check for check, _ in found} == set(checks.split()), found
+    assert words in " | ".join(found.values())

@@ -251,3 +251,69 @@ def test_two_parts_of_one_size_must_agree():
 def test_fields_of_one_split_must_be_equally_long():
     with pytest.raises(DataError, match="differ in length"):
         Fields(vector=torch.zeros(3, 2), label=torch.zeros(2))
+
+
+def test_each_player_may_have_its_own_optimizer_and_schedule(tmp_path):
+    makers = {"maker": torch.optim.Adam, "critic": torch.optim.SGD}
+    model = Model(
+        encoder=Line(),
+        decoder=Rebuild(),
+        objective=Duel(),
+        optimizer={k: (lambda groups, cls=cls: cls(groups, lr=0.01)) for k, cls in makers.items()},
+        schedule={"maker": Constant(), "critic": WarmupCosine(warmup=10)},
+    )
+    run = fitted(tmp_path, model, max_steps=1)
+    assert [type(o) for o in run.optimizers] == [torch.optim.Adam, torch.optim.SGD]
+    with pytest.raises(ConfigError, match=r"names the player judge.*the objective has maker, critic"):
+        fitted(
+            tmp_path, Model(encoder=Line(), decoder=Rebuild(), objective=Duel(), optimizer={"judge": torch.optim.SGD})
+        )
+
+
+def test_callbacks_see_the_outputs_of_a_training_step(tmp_path):
+    seen = []
+
+    class Spy(pl.Callback):
+        def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
+            seen.append(outputs["outputs"]["logits"].shape)
+
+    fitted(tmp_path, Model(encoder=Line(), objective=Guess()), callbacks=[Spy()], max_steps=1)
+    assert seen == [(64, 2)]
+
+
+def test_the_subject_belongs_to_the_data_and_never_to_the_checkpoint(tmp_path):
+    class Studied(Toy):
+        subject = torch.nn.Linear(2, 2)
+
+    model = Model(encoder=Line(), objective=Guess())
+    assert model.subject is None
+    fitted(tmp_path, model, Studied(), max_steps=1)
+    assert model.subject is Studied.subject
+    assert not any("subject" in name for name in model.state_dict())
+
+
+def test_predict_does_not_ask_for_the_objectives_fields(tmp_path):
+    class Bare(Toy):
+        fields = ("vector",)
+
+    trainer(tmp_path).predict(Model(encoder=Line(), objective=Guess()), datamodule=Bare())
+
+
+def test_predict_takes_a_checkpoint_trained_with_another_objective_and_no_sampler(tmp_path):
+    run = fitted(tmp_path, Model(encoder=Line(), objective=Guess()), max_steps=1)
+    run.save_checkpoint(tmp_path / "a.ckpt")
+    for model in (Model(encoder=Line(), sampler=Ascend()), Model(encoder=Line())):
+        trainer(tmp_path).predict(model, datamodule=Toy(), ckpt_path=tmp_path / "a.ckpt", weights_only=True)
+
+
+def test_a_metric_of_samples_is_written_beside_the_predictions(tmp_path):
+    import json
+
+    from tests.core.toys import Steepness
+
+    from quire.predictions import WritePredictions
+
+    model = Model(encoder=Line(), sampler=Ascend(), metrics=[Steepness()])
+    trainer(tmp_path, callbacks=[WritePredictions()]).predict(model, datamodule=Toy())
+    (file,) = tmp_path.rglob("metrics.json")
+    assert json.loads(file.read_text())["Steepness"] > 0

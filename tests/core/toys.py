@@ -8,7 +8,7 @@ import torch
 from torch import nn
 from torch.nn.functional import cross_entropy
 
-from quire import DataModule, Decoder, Encoder, Fields, Losses, Objective, Sampler
+from quire import DataModule, Decoder, Encoder, Fields, Losses, Metric, Objective, Sampler
 
 
 class Toy(DataModule):
@@ -125,3 +125,22 @@ class Ascend(Sampler):
         x = batch["vector"].clone().requires_grad_(True)
         (slope,) = torch.autograd.grad(model.encoder({"vector": x}).square().sum(), x)
         return [{"index": int(i), "slope": float(s.norm())} for i, s in zip(batch["index"], slope)]
+
+
+class Steepness(Metric):
+    """Mean slope of Ascend's rows."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.add_state("total", torch.tensor(0.0), "sum")
+        self.add_state("count", torch.tensor(0), "sum")
+
+    def update(self, slopes: torch.Tensor) -> None:
+        self.total += slopes.sum()
+        self.count += slopes.numel()
+
+    def compute(self) -> torch.Tensor:
+        return self.total / self.count
+
+    def sampled(self, model: Any, batch: Any, results: Any) -> None:
+        self.update(torch.tensor([row["slope"] for row in results]))

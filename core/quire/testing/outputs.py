@@ -77,7 +77,7 @@ def _decoder_outputs(decoder: Any, ran: Ran) -> None:
     seen: list[Any] = []
     handle = decoder.register_forward_hook(lambda module, args, out: seen.append(out))
     with quietly():
-        answers(ran.made.model, ran.batch)
+        answers(ran.made.model, ran)
     handle.remove()
     for out in seen:
         found = [(k, v) for k, v in leaves(out, type(decoder).__name__) if isinstance(v, Tensor)]

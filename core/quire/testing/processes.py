@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import tempfile
+from dataclasses import dataclass
 from pathlib import Path
 
 import yaml
@@ -19,6 +20,7 @@ from quire.testing.trial import folder, trial_of
 from quire.testing.verdict import Fault, Skip
 
 TIMEOUT = 300
+IMPORTS = ("hooks", "modules")
 
 
 def imports_offline(plugin: str) -> None:
@@ -38,33 +40,52 @@ def trains_on_two_processes(plugin: str) -> None:
 
 
 def _answer(plugin: str, stage: str) -> None:
-    reports, output = run_fresh(plugin)
-    if stage in reports:
-        said = reports[stage]
-        if said is None:
-            return
-        said = said if stage in ("hooks", "modules") else f"{said}\n{_tail(output)}"
-        raise Fault(said)
-    missing = next(s for s in fresh.STAGES if s not in reports)
+    seen = run_fresh(plugin)
+    if stage in seen.said:
+        said = seen.said[stage]
+        if said is not None:
+            raise Fault(said if stage in IMPORTS else f"{said}\n{_tail(seen.output)}")
+        return
+    if stage not in IMPORTS and seen.no_run:
+        raise Skip(seen.no_run)
+    missing = next(s for s in fresh.STAGES if s not in seen.said)
     if missing != stage:
         raise Skip(f"not reached: the process died while it ran {missing}")
-    raise Fault(f"the process died or hung while it ran {stage}:\n{_tail(output)}")
+    raise Fault(f"the process died or hung while it ran {stage}:\n{_tail(seen.output)}")
 
 
 def _tail(output: str) -> str:
     return "\n".join(output.strip().splitlines()[-40:])
 
 
+@dataclass
+class Seen:
+    """What the fresh process reported.
+
+    Attributes:
+        said: Stage → what is wrong, None when nothing is.
+        output: Everything it printed.
+        no_run: Why it had nothing to train; empty when it had.
+    """
+
+    said: dict[str, str | None]
+    output: str
+    no_run: str = ""
+
+
 @functools.cache
-def run_fresh(plugin: str, stages: tuple[str, ...] = fresh.STAGES) -> tuple[dict[str, str | None], str]:
-    """Stage → what is wrong, None when nothing is; and everything the process printed."""
+def run_fresh(plugin: str) -> Seen:
+    """Start the process once, wait for it, and read its report."""
     with tempfile.TemporaryDirectory(dir=folder()) as place:
-        report = Path(place) / "report.jsonl"
-        config = smallest(plugin, Path(place)) if {"fit", "ddp"} & set(stages) else ""
-        command = [sys.executable, "-m", "quire.testing.fresh", plugin, str(config), str(report), ",".join(stages)]
+        report, stages, no_run = Path(place) / "report.jsonl", ",".join(fresh.STAGES), ""
+        try:
+            config = str(smallest(plugin, Path(place)))
+        except Skip as reason:
+            config, stages, no_run = "", ",".join(IMPORTS), str(reason)
+        command = [sys.executable, "-m", "quire.testing.fresh", plugin, config, str(report), stages]
         output = _run(command, place)
         lines = report.read_text(encoding="utf-8").splitlines() if report.is_file() else []
-        return {r["stage"]: r["said"] for r in map(json.loads, lines)}, output
+        return Seen({r["stage"]: r["said"] for r in map(json.loads, lines)}, output, no_run)
 
 
 def _run(command: list[str], place: str) -> str:

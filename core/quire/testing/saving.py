@@ -13,7 +13,6 @@ import torch
 from torch import Tensor
 
 import quire
-from quire.contracts import Batch
 from quire.errors import QuireError
 from quire.model import Model
 from quire.testing.subject import Subject
@@ -57,12 +56,11 @@ class _place:
 
 def _compare(ran: Ran, loaded: Model, how: str) -> None:
     model = ran.made.model
-    loaded.subject = model.subject
     before, after = model.state_dict(), loaded.state_dict()
     for name in before:
         if isinstance(before[name], Tensor) and not same(before[name].cpu(), after[name].cpu()):
             raise Fault(f"{how}, the weight {name} differs")
-    expected, found = answers(model, ran.batch), answers(loaded, ran.batch)
+    expected, found = answers(model, ran), answers(loaded, ran)
     for what, value in expected.items():
         if what not in found or not same(value, found[what]):
             raise Fault(
@@ -78,14 +76,14 @@ def same(a: Any, b: Any) -> bool:
     return type(a) is type(b) and (a == b or (a != a and b != b))
 
 
-def answers(model: Model, batch: Batch) -> dict[str, Any]:
-    """Codes, losses and samples of one batch, from the same random numbers each time."""
-    model._trainer = None  # a loaded model has none either
+def answers(model: Model, ran: Ran) -> dict[str, Any]:
+    """Codes, losses and samples of the run's batch, from the same random numbers each time."""
+    model.trainer = ran.trainer  # so that both see the same step, data module and subject
     model.eval()
     found: dict[str, Any] = {}
     for what, ask in _questions(model).items():
         model._rekey("val", 0, 0)
-        found |= dict(leaves(ask(copied(batch)), what))
+        found |= dict(leaves(ask(copied(ran.batch)), what))
     return found
 
 

@@ -7,9 +7,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from quire.checkpoint import instantiate
 from quire.contracts import Batch, Spec, build, plain
 from quire.errors import ConfigError, QuireError
+from quire.recipe import instantiate
 from quire.roles.masking import Masking
 from quire.roles.tokens.contract import Segment, Subset, TokenEncoder, gather
 from quire.testing.bench import ROWS, Bench, agree, bench, far, first_rows, masked_by

@@ -31,7 +31,11 @@ def test_timm_without_positions_learns_places_and_has_no_position_parameter():
     ("name", "options", "said"),
     [
         ("vit_tiny_patch16_224", SMALL, r"encoder TimmViT adds positions \(learned\); set positions: none"),
-        ("swin_tiny_patch4_window7_224", {}, r"PositionPrediction needs 'context'; TimmViT \(swin_tiny.*window attention"),
+        (
+            "swin_tiny_patch4_window7_224",
+            {},
+            r"PositionPrediction needs 'context'; TimmViT \(swin_tiny.*window attention",
+        ),
         ("resnet18", {}, "PositionPrediction needs 'context'; TimmViT .*convolutional"),
         ("vit_small_r26_s32_224", {}, "mixes neighbouring patches"),
         ("vit_base_patch16_rope_reg1_gap_256", {}, "rotary positions"),

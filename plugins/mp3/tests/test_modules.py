@@ -57,9 +57,7 @@ def test_the_head_has_one_row_a_cell_and_optional_norm_and_bias():
 
 
 def test_the_head_refuses_another_grid_and_names_both_numbers():
-    said = (
-        "the position head has 196 classes but the input gives 256 tokens; rebuild the head or resize the images"
-    )
+    said = "the position head has 196 classes but the input gives 256 tokens; rebuild the head or resize the images"
     with pytest.raises(ConfigError, match=said):
         head(196)(tokens(grid(16, 16)))
     with pytest.raises(ConfigError, match="the position head has 16 classes but the input gives 9 tokens"):

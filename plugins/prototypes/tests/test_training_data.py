@@ -157,6 +157,11 @@ def test_metrics_without_a_data_module_say_so(make, digits, trainer):
         trainer().validate(model, dataloaders=digits().val_dataloader(), verbose=False)
 
 
+def test_pixel_distance_without_a_pixel_decoder_is_refused_when_the_model_is_made(make):
+    with pytest.raises(ConfigError, match="PixelDecoder in PrototypeLayer.decoder, which is not set"):
+        make({"decoder": None}, {"reconstruct": 0}, metrics=[PrototypePixelDistance()], build=False)
+
+
 @pytest.mark.parametrize("given", [{"every": 0}, {"start": 0}])
 def test_impossible_pushes_are_refused(given):
     with pytest.raises(ConfigError, match="PushPrototypes needs every >= 1"):

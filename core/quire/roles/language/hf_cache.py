@@ -37,25 +37,26 @@ class SlotLayer(DynamicLayer):
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
         """Write Q slots [B,H,Q,Dh] where the aim says; returns everything up to the last written slot."""
-        slots = self.aim.length + key_states.shape[2]
-        self._grow((key_states, value_states), slots)
+        where, width = self.aim.where, key_states.shape[2]
+        slots = self.aim.length + width
+        if not self.held or slots > self.held[0].shape[2]:
+            self._grow((key_states, value_states), slots)
         for held, new in zip(self.held, (key_states, value_states)):
-            where = self.aim.where
             if isinstance(where, int):
-                held[:, :, where : where + new.shape[2]] = new
+                held.narrow(2, where, width).copy_(new)
             else:
                 held[_rows(where), :, where] = new.transpose(1, 2)
-        self.keys, self.values = (held[:, :, :slots] for held in self.held)
-        self.is_initialized = True
+        self.keys, self.values = (held.narrow(2, 0, slots) for held in self.held)
         return self.keys, self.values
 
     def _grow(self, like: tuple[Tensor, Tensor], slots: int) -> None:
         if not self.held:
             room = max(self.aim.room, slots)
             self.held = [t.new_zeros(*t.shape[:2], room, t.shape[3]) for t in like]
-        elif slots > self.held[0].shape[2]:
+        else:
             more = max(slots, 2 * self.held[0].shape[2]) - self.held[0].shape[2]
             self.held = [torch.cat([t, t.new_zeros(*t.shape[:2], more, t.shape[3])], 2) for t in self.held]
+        self.is_initialized = True
 
     def move(self, source: Tensor, target: Tensor) -> None:
         """Copy slots ``source`` [B,Q] to ``target`` [B,Q], row by row."""
@@ -96,9 +97,8 @@ class SlotStore:
     def point(self, counts: list[int], lengths: Tensor, width: int) -> None:
         """Say where the next ``width`` slots of each row go."""
         self.aim.length = max(counts)
-        even = min(counts) == max(counts)
-        steps = torch.arange(width, device=lengths.device)
-        self.aim.where = counts[0] if even else lengths[:, None] + steps
+        even = min(counts) == self.aim.length
+        self.aim.where = counts[0] if even else lengths[:, None] + torch.arange(width, device=lengths.device)
 
     def keep(self, counts: list[int], lengths: Tensor, picked: list[list[int]], width: int) -> None:
         """Move the picked ones of the last ``width`` slots behind the kept ones; a prefix needs no move."""

@@ -13,10 +13,10 @@ from lightning.pytorch.utilities.seed import isolate_rng
 from torch import nn
 from torch.utils.data import DataLoader
 
-from quire.checkpoint import instantiate
 from quire.contracts import Batch, Component, Encoder, Spec, build, plain
 from quire.data import DataModule, check_batch, mix
 from quire.errors import ConfigError
+from quire.recipe import instantiate
 from quire.roles.probes.features import Features, Read
 
 QUICK = 64

@@ -32,7 +32,13 @@ def rule(how: str, masking: float, tokens: int, span_length: int) -> Masking:
 
 
 def draw_context(
-    how: str, masking: float, span_length: int, layout: Layout, rows: int, mask: Tensor | None, generator: torch.Generator
+    how: str,
+    masking: float,
+    span_length: int,
+    layout: Layout,
+    rows: int,
+    mask: Tensor | None,
+    generator: torch.Generator,
 ) -> tuple[Subset, Tensor]:
     """Draw M = n - floor(masking n) of the n real tokens of each row, rows independent.
 
