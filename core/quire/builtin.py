@@ -46,6 +46,7 @@ COMPONENTS: list[tuple[str, str, str | tuple[str, ...]]] = [
     ("roles.latent.mlp.MlpVectorDecoder", "decoder", "PixelDecoder"),
     ("roles.reconstruction.Reconstruction", "objective", ()),
     ("datasets.text.TextTokens", "data", ()),
+    ("datasets.algorithmic.Algorithmic", "data", ()),
     ("roles.language.models.CausalLM", "decoder", "StepModel"),
     ("roles.language.models.Seq2SeqDecoder", "decoder", "StepModel"),
     ("roles.language.next_token.NextToken", "objective", ()),

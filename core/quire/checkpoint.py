@@ -6,6 +6,7 @@ import hashlib
 import json
 import os
 import pickle
+import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -259,6 +260,17 @@ class Pretrained(Encoder, Decoder, Objective, Sampler, Part):
         }
         adopt(found, origin)
         return found
+
+    @classmethod
+    def tiny(cls) -> dict[str, Any]:
+        """A frozen encoder, exported to a temporary folder, under a new head on digits."""
+        from quire.model import Model
+
+        first: Any = instantiate({"class_path": "MlpVectorEncoder"})
+        model = Model(encoder=first, spec={"image_size": [8, 8], "channels": 1})
+        model.configure_model()
+        encoder = {"class_path": "Pretrained", "init_args": {"path": str(export(model, tempfile.mkdtemp()))}}
+        return {"model": {"encoder": encoder, "objective": "Classify"}, "data": "Digits"}
 
     def __init__(
         self, path: str, part: str = "encoder", freeze: bool = True, layer_decay: float | None = None

@@ -31,7 +31,9 @@ def refusal(needer: type, slot: str, given: Component | None) -> str | None:
 def class_refusal(needer: type, slot: str, given: type) -> str | None:
     """The same for classes, nothing built: what ``quire matrix`` prints."""
     role = needed_roles(needer).get(slot)
-    if role is not None and not issubclass(given, role):
+    entry = load().registry.by_path(f"{given.__module__}.{given.__qualname__}")
+    declared = entry is not None and role is not None and role.__name__ in entry.role  # it may hold one inside
+    if role is not None and not issubclass(given, role) and not declared:
         return _no_role(needer, slot, role, given)
     return _no_capability(needer, slot, given)
 

@@ -125,6 +125,8 @@ class Model(LightningModule):
         for part in (*self.metrics, *self.schedule.modules()):
             if isinstance(part, Component):
                 build(part, spec)
+        if self.sampler is not None:
+            self.sampler.requires_grad_(False)  # it draws; what it holds (a smaller model) is trained elsewhere
         for part in (*(getattr(self, slot) for slot in SLOTS), *self.metrics):
             if part is not None:
                 part.bind(self)

@@ -62,8 +62,9 @@ def configure(model: Model) -> Any:
         make = of_player(model.optimizer, player, players, "optimizer")
         schedule = of_player(model.schedule, player, players, "schedule")
         parameters = model.objective.parameters_of(model, player) if player else model.parameters()
+        grouped = groups(model, parameters, make)
         try:
-            optimizer = make(groups(model, parameters, make))
+            optimizer = make(grouped)
         except (ValueError, TypeError) as error:
             raise ConfigError(f"model.optimizer: {error}") from error
         curve = functools.partial(schedule.factor, total=total)

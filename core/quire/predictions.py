@@ -48,7 +48,7 @@ class WritePredictions(Callback):
         metrics = {type(m).__name__: m.compute() for m in pl_module.metrics if m.update_called}
         if trainer.is_global_zero:
             if metrics:
-                file = Path(trainer.log_dir or ".") / "metrics.json"
+                file = folder / "metrics.json"
                 file.parent.mkdir(parents=True, exist_ok=True)
                 file.write_text(json.dumps(_plain(metrics), indent=2) + "\n", encoding="utf-8")
                 print(f"wrote {file}")

@@ -21,6 +21,9 @@ class Sum(Objective):
         objectives: The members, in order; a term name used twice is prefixed with its objective's name.
         weights: One factor per member; default 1 each.
 
+    Returns:
+        Every term of every member, in that member's unit.
+
     Raises:
         ConfigError: no members, a weight too many or too few, or two members with several players.
     """

@@ -82,6 +82,11 @@ def milliseconds(times: list[float]) -> str:
     return f"{1e3 * median(times):.1f} ({1e3 * min(times):.1f})"
 
 
+def more_milliseconds(above: list[float], below: list[float]) -> str:
+    """Difference of the medians, and of the minima in brackets."""
+    return f"{1e3 * (median(above) - median(below)):.1f} ({1e3 * (min(above) - min(below)):.1f})"
+
+
 def ratio(above: list[float], below: list[float]) -> str:
     """Of the medians, and of the minima in brackets."""
     return f"{median(above) / median(below):.3f} ({min(above) / min(below):.3f})"

@@ -14,7 +14,7 @@ from typing import Any
 
 import lightning.pytorch as pl
 import torch
-from tests.benchmarks.clock import Beside, milliseconds, one_thread, ratio, table
+from tests.benchmarks.clock import Beside, milliseconds, more_milliseconds, one_thread, ratio, table
 
 from quire import DataModule, Model
 from quire.recipe import instantiate
@@ -142,8 +142,7 @@ def compare(parts: dict[str, Any], size: int, batch_size: int, steps: int) -> li
         data = digits(size, batch_size)
         spent = fitted(make(data), data, hand, steps, every).spent
         fit, other = spent["fit"], spent["other"]
-        more = milliseconds([a - b for a, b in zip(fit, other)])
-        rows.append([name, milliseconds(fit), milliseconds(other), ratio(fit, other), more])
+        rows.append([name, milliseconds(fit), milliseconds(other), ratio(fit, other), more_milliseconds(fit, other)])
     return rows
 
 

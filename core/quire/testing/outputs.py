@@ -10,14 +10,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from quire.contracts import Codes
+from quire.contracts import Codes, Metric
 from quire.data import FIELDS, DataModule, check_batch
 from quire.errors import QuireError
 from quire.predictions import write
 from quire.testing.learning import learned
 from quire.testing.saving import answers, leaves, same
 from quire.testing.subject import Subject
-from quire.testing.trial import Ran, copied, folder, quietly, size_of
+from quire.testing.trial import Ran, copied, folder, needed, quietly, size_of
 from quire.testing.verdict import Fault
 
 
@@ -35,7 +35,7 @@ def outputs(subject: Subject) -> None:
         if watch.complaints:
             raise Fault(next(iter(watch.complaints)))
     elif kind == "metric":
-        _metric_outputs(found, ran)
+        _metric_outputs(subject, found, ran)
     elif kind == "data":
         with quietly():
             _data_outputs(found)
@@ -87,9 +87,12 @@ def _decoder_outputs(decoder: Any, ran: Ran) -> None:
             _finite(value, where)
 
 
-def _metric_outputs(metric: Any, ran: Ran) -> None:
+def _metric_outputs(subject: Subject, metric: Any, ran: Ran) -> None:
     name = f"val/{getattr(metric, 'label', type(metric).__name__)}"
     value = ran.metrics.get(name)
+    if type(metric).sampled is not Metric.sampled:  # it looks at what predict gives
+        needed(lambda: subject.trial.predicted(), "predicts")
+        name, value = type(metric).__name__, metric.compute()
     if value is None:
         raise Fault(f"{type(metric).__name__} logs no {name}: list it under model.metrics in tiny()")
     if value.ndim or not bool(torch.isfinite(value)):

@@ -150,13 +150,18 @@ class Made:
         return None
 
 
-def make(config: dict[str, Any]) -> Made:
-    """Parse and instantiate a run in the YAML grammar, with seed 0."""
+def parse(config: dict[str, Any]) -> Any:
+    """A run in the YAML grammar, as the command line would understand it."""
     load().registry.import_named(words(config))
-    seed_everything(0, verbose=False)
     parser = _parser()
     parser.said = frozenset(words(config))
-    made = parser.instantiate_classes(parser.parse_object(copy.deepcopy(config)))  # parsing writes into it
+    return parser.parse_object(copy.deepcopy(config))  # parsing writes into what it is given
+
+
+def make(parsed: Any) -> Made:
+    """The objects of a parsed run, with seed 0."""
+    seed_everything(0, verbose=False)
+    made = _parser().instantiate_classes(parsed)
     options = dict(made.trainer)
     callbacks = options.pop("callbacks") or []
     return Made(made.model, made.data, callbacks if isinstance(callbacks, list) else [callbacks], options)
@@ -220,10 +225,16 @@ class Trial:
         self.config = config
 
     @once
+    def parsed(self) -> Any:
+        """The run, parsed; the same for every object made from it."""
+        with quietly():
+            return parse(self.config)
+
+    @once
     def made(self) -> Made:
         """Built but not trained."""
         with quietly():
-            made = make(self.config)
+            made = make(self.parsed())
             made.model.configure_model()
             made.model.eval()
         return made
@@ -232,7 +243,7 @@ class Trial:
     def spare(self) -> Made:
         """Another one, built, that a check may change."""
         with quietly():
-            made = make(self.config)
+            made = make(self.parsed())
             made.model.configure_model()
         return made
 
@@ -240,7 +251,7 @@ class Trial:
     def ran(self) -> Ran:
         """Three training steps, validation, and the run's own callbacks."""
         with quietly() as asked:
-            made = make(self.config)
+            made = make(self.parsed())
             options = {"max_epochs": 1, "max_steps": -1, "limit_train_batches": 3, "limit_val_batches": 2}
             trainer = trainer_of(made, made.callbacks, logger=CSVLogger(str(folder()), name="kit"), **options)
             trainer.fit(made.model, datamodule=made.data)
@@ -260,7 +271,7 @@ class Trial:
 
     def _watch(self, watch: Watch) -> Watch:
         with quietly():
-            made = make(self.config)
+            made = make(self.parsed())
             original = made.data.train_dataloader
             made.data.train_dataloader = lambda: _Again(next(iter(original())), STEPS)  # type: ignore[method-assign, assignment, return-value]
             options = {"max_epochs": 1, "max_steps": STEPS, "limit_val_batches": 0, "logger": False}
@@ -286,13 +297,23 @@ def size_of(batch: Batch) -> int:
 _TRIALS: dict[str, Trial] = {}
 
 
+@contextmanager
+def _temporary_files() -> Iterator[None]:
+    before = tempfile.tempdir
+    tempfile.tempdir = str(folder())  # what a tiny run needs goes when this process does
+    try:
+        yield
+    finally:
+        tempfile.tempdir = before
+
+
 @functools.cache
 def _tiny(cls: type) -> dict[str, Any]:
     declare = getattr(cls, "tiny", None)
     if declare is None:
         raise Fault(f"{cls.__name__} declares no tiny example: add a classmethod tiny()")
     try:
-        with quietly():
+        with quietly(), _temporary_files():
             return declare()
     except ConfigError as error:
         raise Fault(str(error)) from error

@@ -1,4 +1,4 @@
-"""Every component and config through Quire's own kit."""
+"""Every component of this plugin through Quire's conformance kit."""
 
 from quire.testing import conformance
 

@@ -119,5 +119,8 @@ def tiny_speculative(arguments: dict, drafter: object = "PromptCopy", decoder: o
                 "init_args": {"drafter": drafter, "max_new_tokens": 8, **arguments},
             },
         },
-        "data": {"class_path": "TextTokens", "init_args": {"length": 32, "batch_size": 8, "max_samples": 64}},
+        "data": {
+            "class_path": "TextTokens",
+            "init_args": {"source": "stdlib:docs", "length": 32, "batch_size": 8, "train_samples": 64},
+        },
     }

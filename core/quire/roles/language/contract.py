@@ -249,3 +249,6 @@ class Generated:
     scores: list[list[float]]
     finish: list[list[str]]
     stats: Stats
+
+    def __len__(self) -> int:
+        return len(self.tokens)

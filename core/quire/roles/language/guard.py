@@ -37,6 +37,7 @@ class SpeedGuard(Part):
         self, cost: dict[int, float] | None = None, window: int = 16, retry: int = 64, min_gain: float = 1.0
     ) -> None:
         super().__init__()
+        cost = None if cost is None else {int(slots): float(price) for slots, price in cost.items()}
         if cost is not None and (not cost or min(cost) < 1 or min(cost.values()) <= 0):
             raise ConfigError("SpeedGuard.cost needs slots of at least 1 with positive costs, like {1: 1.0, 8: 2.0}")
         if window < 1 or retry < 1:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -123,8 +122,8 @@ class SlotStore:
     @property
     def bytes(self) -> int:
         """Memory held."""
-        cross = [] if self.cross is None else [(layer.keys, layer.values) for layer in self.cross.layers]
-        return _bytes(t for held in (*(layer.held for layer in self.layers), *cross) for t in held)
+        own = sum(t.numel() * t.element_size() for layer in self.layers for t in layer.held)
+        return own + (0 if self.cross is None else _bytes(self.cross.layers))
 
 
 class WindowStore:
@@ -165,7 +164,7 @@ class WindowStore:
     @property
     def bytes(self) -> int:
         """Memory held."""
-        return _bytes(t for layer in self.hf.layers for t in (layer.keys, layer.values) if t is not None)
+        return _bytes(self.hf.layers)
 
 
 def windows_of(config: Any, name: str) -> dict[str, int | None]:
@@ -178,11 +177,13 @@ def windows_of(config: Any, name: str) -> dict[str, int | None]:
     chunked = "chunked_attention" in (getattr(config, "layer_types", None) or ())
     for layer in DynamicCache(config=config).layers:
         plain = isinstance(layer, DynamicLayer)
-        sliding = type(layer) is DynamicSlidingWindowLayer
-        if chunked or (plain and not sliding and type(layer) is not DynamicLayer) or hasattr(layer, "conv_states"):
+        known = type(layer) in (DynamicLayer, DynamicSlidingWindowLayer)
+        if chunked or (plain and not known) or hasattr(layer, "conv_states"):
             raise ConfigError(f"{name} needs a croppable cache; {config.model_type} has {type(layer).__name__} layers")
-        if sliding:
-            kinds["sliding_attention"] = int(layer.sliding_window)
+        if isinstance(layer, DynamicSlidingWindowLayer):
+            window = int(layer.sliding_window)
+            if kinds.setdefault("sliding_attention", window) != window:
+                raise ConfigError(f"{name}: layers with different windows are not supported, as in {config.model_type}")
         elif plain:
             kinds["full_attention"] = None
     return kinds
@@ -192,5 +193,6 @@ def _rows(places: Tensor) -> Tensor:
     return torch.arange(len(places), device=places.device)[:, None]
 
 
-def _bytes(tensors: Iterable[Tensor]) -> int:
+def _bytes(layers: list[Any]) -> int:
+    tensors = [t for layer in layers for t in (layer.keys, layer.values) if t is not None]
     return sum(t.numel() * t.element_size() for t in tensors)

@@ -59,7 +59,7 @@ def fresh_config(given: dict[str, Any], spec: Spec, asker: Any) -> Any:
     from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
     kind = given.get("model_type")
-    if kind not in CONFIG_MAPPING:
+    if not isinstance(kind, str) or kind not in CONFIG_MAPPING:
         near = difflib.get_close_matches(str(kind), list(CONFIG_MAPPING.keys()), 1)
         said = "has no model_type" if kind is None else f"has model_type {kind!r}, which transformers does not know"
         raise ConfigError(f"{mine}.config {said}{f'; did you mean {near[0]}?' if near else ': name one, like llama'}")

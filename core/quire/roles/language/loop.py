@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import time
 from collections.abc import Callable, Generator, Iterator
 from typing import Any
@@ -43,6 +44,7 @@ class Speculative(Sampler):
         stop: Strings that end a row.
         processors: Parts ``(prefix ids, logits [V]) -> logits`` run at each node with its own prefix.
         seed: Of sampling; a row's stream depends on it and on the row's index alone, not on the batch.
+        debug: Check after each step that the cache holds what was emitted.
 
     Raises:
         ConfigError: a limit below 0, a model without a capability that the drafter needs, a prompt too long.
@@ -71,6 +73,7 @@ class Speculative(Sampler):
         self.drafter, self.acceptance, self.guard = drafter, acceptance or Exact(), guard
         self.budget, self.max_new_tokens, self.max_total = budget, max_new_tokens, max_total
         self.strings, self.processors, self.seed, self.debug = stop or [], list(processors or []), seed, debug
+        self.rule: Callable[[list[int], list[int]], bool] | None = None  # (prompt, emitted) → end; set in Python
 
     @classmethod
     def tiny(cls) -> dict[str, Any]:
@@ -136,7 +139,8 @@ class Speculative(Sampler):
             if len(prompt) >= most and limit:
                 raise ConfigError(f"prompt {place} has {len(prompt)} tokens; the model takes {most}")
             limit = min(limit, most - len(prompt))
-        stop = StopRule(caps.eos_ids, limit, self.strings, decode)
+        rule = None if self.rule is None else functools.partial(self.rule, prompt)
+        stop = StopRule(caps.eos_ids, limit, self.strings, decode, rule)
         return Row(place, prompt, stop, torch.Generator().manual_seed(mix(self.seed, index)))
 
     def _decode(

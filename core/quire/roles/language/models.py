@@ -346,6 +346,13 @@ class Seq2SeqDecoder(CausalLM):
 
     crosses = True
 
+    @classmethod
+    def tiny(cls) -> dict[str, Any]:
+        """Reverse three digits."""
+        from quire.datasets.algorithmic import Algorithmic
+
+        return Algorithmic.tiny()
+
     def build(self, spec: Spec) -> None:
         """As CausalLM, and a projection where the encoder's width differs."""
         super().build(spec)

@@ -102,6 +102,13 @@ class Seq2SeqTokens(Objective):
             raise ConfigError(f"Seq2SeqTokens.smoothing must be in [0, 1), got {smoothing}")
         self.smoothing = smoothing
 
+    @classmethod
+    def tiny(cls) -> dict[str, Any]:
+        """Reverse three digits."""
+        from quire.datasets.algorithmic import Algorithmic
+
+        return Algorithmic.tiny()
+
     def forward(self, model: Any, batch: Batch) -> Losses:
         """Score the batch's targets."""
         tokens, mask = batch["tokens"], batch.get("mask")

@@ -26,11 +26,11 @@ class Stats:
         new_tokens: Tokens emitted; rows: continuations; steps: row-steps of the loop; cut: accepted tokens past a stop.
     """
 
-    prefill_ms: float = 0.0
-    decode_ms: float = 0.0
-    draft_ms: float = 0.0
-    verify_ms: float = 0.0
-    ttft_ms: float = 0.0
+    prefill_ms: float = field(default=0.0, compare=False)
+    decode_ms: float = field(default=0.0, compare=False)
+    draft_ms: float = field(default=0.0, compare=False)
+    verify_ms: float = field(default=0.0, compare=False)
+    ttft_ms: float = field(default=0.0, compare=False)
     target_forwards: int = 0
     target_positions: int = 0
     drafter_forwards: int = 0

@@ -1,0 +1,5 @@
+"""Every component of the core through the conformance kit."""
+
+from quire.testing import conformance
+
+TestConformance = conformance("core")
