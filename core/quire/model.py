@@ -310,6 +310,11 @@ class Model(LightningModule):
         """One optimizer and schedule a player; weight decay only on matrices; layer-wise decay if asked for."""
         return optimizers.configure(self)
 
+    def optimizer_step(self, epoch: int, batch_idx: int, optimizer: Any, optimizer_closure: Any = None) -> None:
+        """As in Lightning; gradients are let go right after, so the next forward pass need not hold them."""
+        super().optimizer_step(epoch, batch_idx, optimizer, optimizer_closure)
+        optimizer.zero_grad()
+
     # ---- checkpoints
     def on_save_checkpoint(self, checkpoint_: dict[str, Any]) -> None:
         """Keep how to rebuild the model without YAML, the seed, and what the next log line will average."""

@@ -7,7 +7,8 @@ own have files beside this one.
 from __future__ import annotations
 
 import pytest
-from tests.conformance.planted import broken, finds, vector_plugin
+from tests.conformance.healthy import vector_plugin
+from tests.conformance.planted import broken, finds
 
 STATIC = ("component", "loads", "private_modules", "other_plugins")
 HOOK, CONFIG = "__init__.py", "configs/tiny.yaml"

@@ -6,7 +6,8 @@ Where one fault necessarily breaks several promises, all their checks are named.
 from __future__ import annotations
 
 import pytest
-from tests.conformance.planted import broken, finds, token_plugin
+from tests.conformance.healthy import token_plugin
+from tests.conformance.planted import broken, finds
 
 TAKE = "            tokens = tokens.take(indices(keep, tokens.values.shape[1]))"
 JOINED = "        x = tokens.joined()"

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import pytest
 from tests.conformance import test_kit_finds_faults, test_kit_finds_token_faults
-from tests.conformance.planted import broken, finds, vector_plugin
+from tests.conformance.healthy import vector_plugin
+from tests.conformance.planted import broken, finds
 
 from quire.testing.kit import CHECKS
 

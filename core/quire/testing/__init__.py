@@ -15,7 +15,8 @@ and of registration have no exemptions.
 
 Every YAML file in the plugin's ``configs`` is parsed, and trained for two steps. Its first comment line may say
 ``(parse only)``: too large or needing a download, so it is not run; or ``(after my-method/tiny)``: that config is
-trained first in the same folder. One that reads ``$QUIRE_DATA/…`` is run where that path exists, else skipped.
+trained first in the same folder. A config or a ``tiny()`` that reads ``$QUIRE_DATA/…`` is run where that path exists,
+else skipped.
 """
 
 from __future__ import annotations

@@ -10,8 +10,9 @@ from torch import Tensor
 
 from quire.contracts import Batch
 from quire.roles.tokens.contract import Subset, TokenEncoder, Tokens
+from quire.testing.quiet import quietly
 from quire.testing.subject import Subject
-from quire.testing.trial import copied, first_batch, needed, quietly, size_of
+from quire.testing.trial import copied, first_batch, needed, size_of
 from quire.testing.verdict import Fault, Skip
 
 ROWS = 4

@@ -13,11 +13,10 @@ from typing import Any
 import yaml
 
 from quire.__main__ import execute
-from quire.data import expand
-from quire.errors import ConfigError
 from quire.plugins import load
+from quire.testing.assembly import need_data
 from quire.testing.fresh import SHORT
-from quire.testing.trial import folder, quietly, working_in
+from quire.testing.quiet import folder, quietly, working_in
 from quire.testing.verdict import Fault, Skip
 
 PARSE_ONLY = "(parse only)"
@@ -50,8 +49,7 @@ def config_runs(name: str) -> None:
     remark = text.partition("\n")[0]
     if PARSE_ONLY in remark:
         raise Skip(f"marked {PARSE_ONLY}")
-    for place in missing_data(text):
-        raise Skip(f"needs {place}, which is not here: set QUIRE_DATA to a folder that has it")
+    need_data(text)
     content: dict[str, Any] = yaml.safe_load(text) or {}
     with tempfile.TemporaryDirectory(dir=folder()) as place, working_in(Path(place)):
         before = AFTER.search(remark)
@@ -91,19 +89,6 @@ def _takes(cls: type, name: str) -> bool:
             if name in parameters or not any(p.kind is p.VAR_KEYWORD for p in parameters.values()):
                 return name in parameters
     return False
-
-
-def missing_data(text: str) -> list[str]:
-    """The paths under ``$QUIRE_DATA`` in a config that do not exist here."""
-    found = re.findall(r"\$\{?QUIRE_DATA\}?(?:/[\w./-]+)?", re.sub(r"(?m)^\s*#.*$|\s#.*$", "", text))
-    missing = []
-    for path in found:
-        try:
-            if not expand(path).exists():
-                missing.append(path)
-        except ConfigError:
-            missing.append(path)
-    return missing
 
 
 def call(argv: list[str]) -> tuple[int, str, str]:

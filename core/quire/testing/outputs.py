@@ -15,9 +15,10 @@ from quire.data import FIELDS, DataModule, check_batch
 from quire.errors import QuireError
 from quire.predictions import write
 from quire.testing.learning import learned
+from quire.testing.quiet import folder, quietly
 from quire.testing.saving import answers, leaves, same
 from quire.testing.subject import Subject
-from quire.testing.trial import Ran, copied, folder, needed, quietly, size_of
+from quire.testing.trial import Ran, copied, needed, size_of
 from quire.testing.verdict import Fault
 
 

@@ -16,7 +16,8 @@ import yaml
 
 from quire.plugins import load
 from quire.testing import fresh
-from quire.testing.trial import folder, trial_of
+from quire.testing.quiet import folder
+from quire.testing.trial import trial_of
 from quire.testing.verdict import Fault, Skip
 
 TIMEOUT = 300

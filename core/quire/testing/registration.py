@@ -11,8 +11,9 @@ from quire.contracts import Component, Decoder, Encoder, Metric, Objective, Part
 from quire.data import FIELDS, DataModule
 from quire.errors import ConfigError
 from quire.plugins import load
+from quire.testing.assembly import words
 from quire.testing.subject import Subject
-from quire.testing.trial import needed, words
+from quire.testing.trial import needed
 from quire.testing.verdict import Fault
 
 BASES: dict[str, type] = {

@@ -15,8 +15,9 @@ from torch import Tensor
 import quire
 from quire.errors import QuireError
 from quire.model import Model
+from quire.testing.quiet import folder, quietly
 from quire.testing.subject import Subject
-from quire.testing.trial import Ran, copied, folder, needed, quietly
+from quire.testing.trial import Ran, copied, needed
 from quire.testing.verdict import Fault
 
 

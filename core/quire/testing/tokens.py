@@ -14,8 +14,9 @@ from quire.roles.masking import Masking
 from quire.roles.tokens.contract import Segment, Subset, TokenEncoder, gather
 from quire.testing.bench import ROWS, Bench, agree, bench, far, first_rows, masked_by
 from quire.testing.cells import changed, shuffled
+from quire.testing.quiet import quietly
 from quire.testing.subject import Subject
-from quire.testing.trial import needed, quietly
+from quire.testing.trial import needed
 from quire.testing.verdict import Fault, Skip
 
 

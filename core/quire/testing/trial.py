@@ -1,34 +1,22 @@
-"""A component's tiny run, parsed as the command line would and run once for all the checks that look at it."""
+"""A component's tiny run, run once for all the checks that look at it."""
 
 from __future__ import annotations
 
-import atexit
-import copy
 import functools
 import json
-import logging
-import os
-import shutil
-import tempfile
-import warnings
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass, field
-from pathlib import Path
-from typing import Any, NoReturn, TypeVar
+from typing import Any, TypeVar
 
-from lightning.pytorch import Callback, Trainer, seed_everything
-from lightning.pytorch.cli import LightningArgumentParser
+from lightning.pytorch import Trainer
 from lightning.pytorch.loggers import CSVLogger
-from torch import Tensor, nn
+from torch import Tensor
 
-from quire.cli import one_line
-from quire.contracts import Batch, Component
+from quire.contracts import Batch
 from quire.data import DataModule
 from quire.errors import ConfigError
-from quire.model import Model
-from quire.plugins import load
-from quire.testing.offline import offline
+from quire.testing.assembly import Made, make, need_data, parse, trainer_of, words
+from quire.testing.quiet import folder, quietly, temporary_files
 from quire.testing.verdict import Fault, Skip
 from quire.testing.watch import Watch
 
@@ -55,132 +43,6 @@ def once(method: Callable[[Any], T]) -> Callable[[Any], T]:
         return value
 
     return call
-
-
-@functools.lru_cache(maxsize=1)
-def folder() -> Path:
-    """A temporary folder of this process, removed when it ends."""
-    made = Path(tempfile.mkdtemp(prefix="quire-kit-"))
-    atexit.register(shutil.rmtree, made, ignore_errors=True)
-    return made
-
-
-@contextmanager
-def working_in(place: Path) -> Iterator[None]:
-    """Run in another working directory."""
-    before = os.getcwd()
-    place.mkdir(parents=True, exist_ok=True)
-    os.chdir(place)
-    try:
-        yield
-    finally:
-        os.chdir(before)
-
-
-@contextmanager
-def quietly() -> Iterator[list[str]]:
-    """Without the network, Lightning's chatter and warnings, in a folder of its own; gives the hosts asked for."""
-    loggers = [logging.getLogger(f"lightning.{part}") for part in ("pytorch", "fabric")]
-    levels = [logger.level for logger in loggers]
-    for logger in loggers:
-        logger.setLevel(logging.ERROR)
-    try:
-        with warnings.catch_warnings(), working_in(folder()), offline() as asked:
-            warnings.simplefilter("ignore")
-            yield asked
-    finally:
-        for logger, level in zip(loggers, levels):
-            logger.setLevel(level)
-
-
-# ---- from a tiny run to objects
-def words(value: Any) -> Iterator[str]:
-    """Every string in nested dicts and lists."""
-    if isinstance(value, dict):
-        for item in value.values():
-            yield from words(item)
-    elif isinstance(value, (list, tuple)):
-        for item in value:
-            yield from words(item)
-    elif isinstance(value, str):
-        yield value
-
-
-class _Parser(LightningArgumentParser):
-    said: frozenset[str] = frozenset()
-
-    def error(self, message: str, ex: Exception | None = None) -> NoReturn:
-        raise ConfigError(one_line(message, set(self.said))) from ex
-
-
-@functools.lru_cache(maxsize=1)
-def _parser() -> _Parser:
-    parser = _Parser()
-    parser.add_lightning_class_args(Trainer, "trainer")
-    parser.add_lightning_class_args(Model, "model")
-    parser.add_lightning_class_args(DataModule, "data", subclass_mode=True)
-    parser.link_arguments("data.spec", "model.spec", apply_on="instantiate")
-    return parser
-
-
-@dataclass
-class Made:
-    """The objects of one run, new: nothing is trained."""
-
-    model: Model
-    data: DataModule
-    callbacks: list[Callback]
-    options: dict[str, Any]
-
-    def components(self) -> Iterator[Any]:
-        """Everything that YAML named: parts of the model, the data module and its parts, callbacks."""
-        yield from self.model.components()
-        yield self.data
-        for value in vars(self.data).values():
-            for item in value if isinstance(value, (list, tuple)) else [value]:
-                if isinstance(item, nn.Module):
-                    yield from (m for m in item.modules() if isinstance(m, Component))
-        yield from self.callbacks
-
-    def find(self, cls: type) -> Any:
-        """The first component of exactly this class, or None; ``Pretrained`` stands for whatever it loaded."""
-        for item in self.components():
-            if type(item) is cls or (cls.__name__ == "Pretrained" and "origin" in vars(item)):
-                return item
-        return None
-
-
-def parse(config: dict[str, Any]) -> Any:
-    """A run in the YAML grammar, as the command line would understand it."""
-    load().registry.import_named(words(config))
-    parser = _parser()
-    parser.said = frozenset(words(config))
-    return parser.parse_object(copy.deepcopy(config))  # parsing writes into what it is given
-
-
-def make(parsed: Any) -> Made:
-    """The objects of a parsed run, with seed 0."""
-    seed_everything(0, verbose=False)
-    made = _parser().instantiate_classes(parsed)
-    options = dict(made.trainer)
-    callbacks = options.pop("callbacks") or []
-    return Made(made.model, made.data, callbacks if isinstance(callbacks, list) else [callbacks], options)
-
-
-def trainer_of(made: Made, callbacks: list[Callback], **options: Any) -> Trainer:
-    """A quiet CPU trainer with the run's own options where the kit has none."""
-    ours = {
-        "accelerator": "cpu",
-        "devices": 1,
-        "strategy": "auto",
-        "enable_checkpointing": False,
-        "enable_progress_bar": False,
-        "enable_model_summary": False,
-        "num_sanity_val_steps": 0,
-        "default_root_dir": str(folder()),
-        "log_every_n_steps": 1,
-    }
-    return Trainer(**{**made.options, **ours, "callbacks": callbacks, **options})
 
 
 class _Again:
@@ -297,33 +159,30 @@ def size_of(batch: Batch) -> int:
 _TRIALS: dict[str, Trial] = {}
 
 
-@contextmanager
-def _temporary_files() -> Iterator[None]:
-    before = tempfile.tempdir
-    tempfile.tempdir = str(folder())  # what a tiny run needs goes when this process does
-    try:
-        yield
-    finally:
-        tempfile.tempdir = before
-
-
 @functools.cache
 def _tiny(cls: type) -> dict[str, Any]:
     declare = getattr(cls, "tiny", None)
     if declare is None:
         raise Fault(f"{cls.__name__} declares no tiny example: add a classmethod tiny()")
     try:
-        with quietly(), _temporary_files():
+        with quietly(), temporary_files():
             return declare()
     except ConfigError as error:
         raise Fault(str(error)) from error
 
 
 def trial_of(cls: type) -> Trial:
-    """The trial of a component's ``tiny()``. Raises ``Fault`` when it declares none."""
+    """The trial of a component's ``tiny()``.
+
+    Raises:
+        Fault: it declares none.
+        Skip: it reads a file under ``$QUIRE_DATA`` that is not here.
+    """
     config = _tiny(cls)
     if not isinstance(config, dict) or not {"model", "data"} <= set(config) <= {"model", "data", "trainer"}:
         raise Fault(f"{cls.__name__}.tiny() must return a dict with model, data and, if needed, trainer")
+    for word in words(config):
+        need_data(word)
     return _TRIALS.setdefault(json.dumps(config, sort_keys=True, default=str), Trial(config))
 
 
@@ -331,6 +190,8 @@ def needed(step: Callable[[], T], what: str) -> T:
     """``step()``, or ``Skip`` when it fails: the check named ``what`` reports that."""
     try:
         return step()
+    except Skip:
+        raise
     except Exception as error:
         raise Skip(f"not reached: see {what} ({type(error).__name__})") from error
 

@@ -11,8 +11,9 @@ from torch import Tensor
 
 from quire.contracts import Batch
 from quire.roles.latent import Classifier, LatentCodes, LatentEncoder, PixelDecoder, VectorCodes, VectorEncoder
+from quire.testing.quiet import quietly
 from quire.testing.subject import Subject
-from quire.testing.trial import copied, quietly, size_of
+from quire.testing.trial import copied, size_of
 from quire.testing.verdict import Fault, Skip
 
 

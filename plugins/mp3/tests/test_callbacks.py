@@ -6,9 +6,6 @@ import lightning.pytorch as pl
 import matplotlib.image
 import pytest
 import torch
-from quire_mp3.callbacks import AttachPositions, PutBackPictures
-from quire_mp3.jigsaw import one_to_one, rearrange
-from quire_mp3.objective import PositionPrediction
 
 import quire
 from quire import ConfigError, Model, Pretrained
@@ -18,6 +15,9 @@ from quire.roles.probes.classify import Classify
 from quire.roles.tokens.contract import Segment
 from quire.roles.tokens.frames import FrameEncoder
 from quire.roles.tokens.vit import ViTEncoder
+from quire_mp3.callbacks import AttachPositions, PutBackPictures
+from quire_mp3.jigsaw import one_to_one, rearrange
+from quire_mp3.objective import PositionPrediction
 
 
 def vit(**kwargs) -> ViTEncoder:

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import pytest
-from quire_mp3 import claim
-from quire_mp3.claim import BARE, BARE_FULL, LATE_MP3, LATE_SCRATCH, MP3, PLACE, SCRATCH, TEST, PretrainingHelps
 
 from quire.reproduce import verdict
+from quire_mp3 import claim
+from quire_mp3.claim import BARE, BARE_FULL, LATE_MP3, LATE_SCRATCH, MP3, PLACE, SCRATCH, TEST, PretrainingHelps
 
 
 def results(mp3, scratch, bare=60.0, late=0.0, place=37.0, seeds=3):

@@ -7,10 +7,10 @@ from pathlib import Path
 
 import pytest
 import yaml
-from quire_mp3.modules import TINY
 
 from quire.__main__ import execute
 from quire.plugins import load
+from quire_mp3.modules import TINY
 
 CONFIGS = {name: path for name, path in load().configs().items() if name.startswith("mp3/")}
 

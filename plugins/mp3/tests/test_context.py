@@ -6,12 +6,12 @@ import math
 
 import pytest
 import torch
-from quire_mp3 import context
-from quire_mp3.context import draw_context
 
 from quire import ConfigError, DataError
 from quire.roles.masking import Masking
 from quire.roles.tokens.contract import Layout, Segment, Subset
+from quire_mp3 import context
+from quire_mp3.context import draw_context
 
 
 def image(height: int = 4, width: int = 4) -> Layout:

@@ -5,15 +5,15 @@ from __future__ import annotations
 import lightning.pytorch as pl
 import pytest
 import torch
-from quire_mp3.metrics import GridDistance, PositionAccuracy
-from quire_mp3.modules import Guesses
-from quire_mp3.objective import PositionPrediction
 
 from quire import ConfigError, Losses, Model
 from quire.datasets.images import Digits
 from quire.roles.probes.classify import Classify
 from quire.roles.tokens.contract import Layout, Segment
 from quire.roles.tokens.vit import ViTEncoder
+from quire_mp3.metrics import GridDistance, PositionAccuracy
+from quire_mp3.modules import Guesses
+from quire_mp3.objective import PositionPrediction
 
 
 def guesses(right: int, rows: int = 1) -> Losses:

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import pytest
 import torch
-from quire_mp3.modules import PositionHead
-from quire_mp3.objective import PositionPrediction
 
 from quire import ConfigError, Model, Sum
 from quire.roles.probes.classify import Classify
 from quire.roles.tokens.timm import TimmViT
 from quire.roles.tokens.vit import ViTEncoder
+from quire_mp3.modules import PositionHead
+from quire_mp3.objective import PositionPrediction
 
 DIGITS = {"image_size": [8, 8], "channels": 1, "classes": 10}
 SMALL = {"patch_size": 2, "embed_dim": 16, "depth": 2, "num_heads": 2}

@@ -6,6 +6,10 @@ import math
 
 import pytest
 import torch
+
+from quire import ConfigError, Spec
+from quire.contracts import build
+from quire.roles.tokens.contract import Layout, Segment, Tokens
 from quire_mp3.modules import (
     Guesses,
     PositionHead,
@@ -15,10 +19,6 @@ from quire_mp3.modules import (
     smoothed_target,
     voiced,
 )
-
-from quire import ConfigError, Spec
-from quire.contracts import build
-from quire.roles.tokens.contract import Layout, Segment, Tokens
 
 
 def grid(*cells: int, patch: int = 2) -> Layout:

@@ -6,8 +6,6 @@ import math
 
 import pytest
 import torch
-from quire_mp3.modules import PositionHead
-from quire_mp3.objective import PositionPrediction
 from torch.nn.functional import scaled_dot_product_attention
 
 from quire import ConfigError, DataError, Model, Sum
@@ -15,6 +13,8 @@ from quire.data import check_batch
 from quire.roles.tokens.contract import Subset
 from quire.roles.tokens.frames import FrameEncoder
 from quire.roles.tokens.vit import ViTEncoder
+from quire_mp3.modules import PositionHead
+from quire_mp3.objective import PositionPrediction
 
 DIGITS = {"image_size": [8, 8], "channels": 1, "classes": 10}
 

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from types import SimpleNamespace
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor
@@ -17,7 +18,7 @@ from quire.roles.language.hf import Encoded, HFCausal, HFSeq2Seq
 from quire.roles.language.loop import Speculative
 
 
-def as_custom_generate(sampler: Speculative) -> Callable[..., Any]:
+def as_custom_generate(sampler: Speculative, streamer: Any = None) -> Callable[..., Any]:
     """A sampler as a decoding method of transformers: ``model.generate(..., custom_generate=as_custom_generate(s))``.
 
     ``generate`` prepares everything as ever: prompts, limits, end tokens, logits processors and stopping criteria are
@@ -25,6 +26,8 @@ def as_custom_generate(sampler: Speculative) -> Callable[..., Any]:
 
     Args:
         sampler: ``Speculative``, ``Greedy`` or ``Sample``.
+        streamer: A transformers streamer; ``generate`` itself hands none to a custom method. It gets several ids at
+            once, one row only.
 
     Returns:
         A callable that gives what ``generate`` gives, ids [B,T] or its output object, with ``.stats`` on it.
@@ -35,6 +38,9 @@ def as_custom_generate(sampler: Speculative) -> Callable[..., Any]:
     """
     if not isinstance(sampler, Speculative):
         raise ConfigError(f"as_custom_generate takes Speculative, Greedy or Sample, got {type(sampler).__name__}")
+    if sampler.strings:
+        raise ConfigError("sampler.stop is not read here: give generate a StopStringCriteria")
+    tried: WeakKeyDictionary[Any, Mapping[str, str]] = WeakKeyDictionary()  # a model's trial is run once
 
     def decode(
         model: Any,
@@ -42,13 +48,15 @@ def as_custom_generate(sampler: Speculative) -> Callable[..., Any]:
         logits_processor: Any,
         stopping_criteria: Any,
         generation_config: Any,
-        synced_gpus: bool = False,
-        streamer: Any = None,
         **model_kwargs: Any,
     ) -> Any:
-        check(sampler, generation_config, model_kwargs, synced_gpus)
-        inside = adapted(sampler, logits_processor, stopping_criteria, generation_config, input_ids)
-        whole, mask = wrapped(model, generation_config, model_kwargs)
+        check(sampler, generation_config, model_kwargs)
+        if streamer is not None and len(input_ids) > 1:
+            raise ConfigError(f"a streamer takes one row, the batch has {len(input_ids)}")
+        whole, mask = wrapped(model, generation_config, model_kwargs, tried.get(model))
+        tried[model] = whole.decoder.caps().lacks
+        lengths = [input_ids.shape[1]] * len(input_ids) if mask is None else mask.sum(1).tolist()
+        inside = adapted(sampler, logits_processor, stopping_criteria, generation_config, input_ids, lengths)
         events = inside.stream(whole, {"tokens": input_ids, **({} if mask is None else {"mask": mask})})
         while True:
             try:
@@ -65,7 +73,7 @@ def as_custom_generate(sampler: Speculative) -> Callable[..., Any]:
     return decode
 
 
-def check(sampler: Speculative, config: Any, model_kwargs: dict[str, Any], synced: bool) -> None:
+def check(sampler: Speculative, config: Any, model_kwargs: dict[str, Any]) -> None:
     """Refuse what the loop would ignore or get wrong."""
     if (config.num_beams or 1) > 1:
         raise ConfigError("speculative decoding is defined for greedy or sampling, not beams: set num_beams=1")
@@ -73,8 +81,6 @@ def check(sampler: Speculative, config: Any, model_kwargs: dict[str, Any], synce
         raise ConfigError(
             "generate asks for sampling, the sampler's acceptance is Exact: use SampleOnce or do_sample=False"
         )
-    if synced:
-        raise ConfigError("as_custom_generate does not decode with synced_gpus: gather the weights first")
     if config.guidance_scale not in (None, 1.0):
         raise ConfigError("as_custom_generate takes no guidance_scale: use Sample with cfg")
     for name in ("output_scores", "output_logits", "output_attentions", "output_hidden_states"):
@@ -89,39 +95,47 @@ def check(sampler: Speculative, config: Any, model_kwargs: dict[str, Any], synce
         raise ConfigError("as_custom_generate starts from ids: pass no inputs_embeds")
 
 
-def adapted(sampler: Speculative, processors: Any, criteria: Any, config: Any, input_ids: Tensor) -> Speculative:
-    """The sampler with this call's limit, processors and stopping criteria."""
+def adapted(
+    sampler: Speculative, processors: Any, criteria: Any, config: Any, input_ids: Tensor, lengths: list[int]
+) -> Speculative:
+    """The sampler with this call's limit, processors and stopping criteria.
+
+    Both are called as ``generate`` calls them: with the padded prompt in front, and with as many rows as the batch
+    has, since some know their rows by number. Only the row in question is read.
+    """
     made = copy.copy(sampler)
     made.max_new_tokens = max(0, config.max_length - input_ids.shape[1])
     made.max_total, made.strings = None, []
-    device = input_ids.device
-    if len(processors):
-
-        def process(prefix: list[int], logits: Tensor) -> Tensor:
-            return processors(torch.tensor([prefix], device=device), logits[None])[0]
-
-        made.processors = [*sampler.processors, process]  # type: ignore[list-item]
     others = [c for c in criteria if not hasattr(c, "max_length") and not hasattr(c, "eos_token_id")]
-    if others:
 
-        def ends(prompt: list[int], emitted: list[int]) -> bool:
-            ids = torch.tensor([prompt + emitted], device=device)
-            return any(bool(torch.as_tensor(c(ids, None)).all()) for c in others)
+    def whole(row: int, new: list[int]) -> Tensor:
+        ids = torch.cat([input_ids[row], torch.tensor(new, dtype=torch.long, device=input_ids.device)])
+        return ids.expand(len(input_ids), -1).contiguous()
 
-        made.rule = ends
+    def shape(row: int, prefix: list[int], logits: Tensor) -> Tensor:
+        new = prefix[lengths[row] :]
+        return processors(whole(row, new), logits.expand(len(input_ids), -1).clone())[row]
+
+    def rule(row: int, emitted: list[int]) -> bool:
+        ids = whole(row, emitted)
+        return any(bool(torch.as_tensor(c(ids, None)).expand(len(ids))[row]) for c in others)
+
+    made.shape, made.rule = shape if len(processors) else None, rule if others else None
     return made
 
 
-def wrapped(model: Any, config: Any, model_kwargs: dict[str, Any]) -> tuple[Any, Tensor | None]:
+def wrapped(
+    model: Any, config: Any, model_kwargs: dict[str, Any], lacks: Mapping[str, str] | None
+) -> tuple[Any, Tensor | None]:
     """The module as our samplers take it, and the prompt's mask."""
     mask = model_kwargs.get("attention_mask")
     mask = None if mask is None else mask.bool()
     if not model.config.is_encoder_decoder:
-        return SimpleNamespace(decoder=HFCausal.of(model, generation=config), encoder=None), mask
+        return SimpleNamespace(decoder=HFCausal.of(model, generation=config, lacks=lacks), encoder=None), mask
     encoded = model_kwargs["encoder_outputs"].last_hidden_state
     codes = Encoded(encoded, None if mask is None or bool(mask.all()) else mask)
     own = model_kwargs.get("decoder_attention_mask")
-    decoder = HFSeq2Seq.of(model, generation=config)
+    decoder = HFSeq2Seq.of(model, generation=config, lacks=lacks)
     return SimpleNamespace(decoder=decoder, encoder=lambda batch: codes), None if own is None else own.bool()
 
 
@@ -136,7 +150,7 @@ def output(model: Any, input_ids: Tensor, made: Generated, pad: int, config: Any
     if not config.return_dict_in_generate:
         sequences.stats = made.stats  # type: ignore[attr-defined]
         return sequences
-    kind = GenerateEncoderDecoderOutput if model.config.is_encoder_decoder else GenerateDecoderOnlyOutput
+    kind: Any = GenerateEncoderDecoderOutput if model.config.is_encoder_decoder else GenerateDecoderOnlyOutput
     result: Any = kind(sequences=sequences)
     result.stats = made.stats
     return result

@@ -104,12 +104,12 @@ class HFSeq2Seq(HFModel):
 
     @classmethod
     def tiny(cls) -> dict[str, Any]:
-        """A small BART from its config, on generated pairs."""
+        """A small BART from its config, on digit strings."""
         layers = {"encoder_layers": 1, "decoder_layers": 1, "encoder_attention_heads": 2, "decoder_attention_heads": 2}
         wide = {"d_model": 32, "encoder_ffn_dim": 32, "decoder_ffn_dim": 32, "max_position_embeddings": 64}
         decoder = {"class_path": "HFSeq2Seq", "init_args": {"config": {"model_type": "bart", **layers, **wide}}}
         sampler = {"class_path": "Greedy", "init_args": {"max_new_tokens": 8}}
-        data = {"class_path": "Pairs", "init_args": {"path": "generated", "batch_size": 8, "max_samples": 64}}
+        data = {"class_path": "Algorithmic", "init_args": {"samples": 64, "batch_size": 8}}
         return {"model": {"decoder": decoder, "objective": "Seq2SeqTokens", "sampler": sampler}, "data": data}
 
     def check(self, model: Any) -> None:
@@ -128,9 +128,9 @@ class HFSeq2Seq(HFModel):
             for parameter in self.module.get_encoder().parameters():
                 parameter.requires_grad_(parameter.requires_grad and id(parameter) in used)
 
-    def _take(self, module: Any, generation: Any) -> Any:
+    def _take(self, module: Any, generation: Any) -> None:
         self.bridge = nn.Identity()
-        return super()._take(module, generation)
+        super()._take(module, generation)
 
     def encode(self, batch: Batch) -> Encoded:
         """The module's own encoder over ``source`` [B,S] and ``source_mask``; padding may stand on either side."""

@@ -41,11 +41,7 @@ def read_config(name: str, asker: str) -> tuple[str, dict[str, Any]]:
 def recorded(config: Any, generation: Any) -> dict[str, Any]:
     """A config as plain values that a checkpoint keeps; ids of the generation config win."""
     what: dict[str, Any] = config.to_dict()
-    for key in IDS:
-        said = getattr(generation, key, None)
-        if isinstance(said, (int, list)):
-            what[key] = said
-    return what
+    return what if generation is None else {**what, **{key: getattr(generation, key, None) for key in IDS}}
 
 
 def fresh_config(given: dict[str, Any], spec: Spec, asker: Any) -> Any:
@@ -60,7 +56,8 @@ def fresh_config(given: dict[str, Any], spec: Spec, asker: Any) -> Any:
 
     kind = given.get("model_type")
     if not isinstance(kind, str) or kind not in CONFIG_MAPPING:
-        near = difflib.get_close_matches(str(kind), list(CONFIG_MAPPING.keys()), 1)
+        kind = None if kind is None else str(kind)
+        near = difflib.get_close_matches(kind or "", list(CONFIG_MAPPING.keys()), 1)
         said = "has no model_type" if kind is None else f"has model_type {kind!r}, which transformers does not know"
         raise ConfigError(f"{mine}.config {said}{f'; did you mean {near[0]}?' if near else ': name one, like llama'}")
     cls = CONFIG_MAPPING[kind]

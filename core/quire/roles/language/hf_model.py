@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import inspect
+from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -51,21 +52,27 @@ class HFModel(StepModel):
             self.init_args = what
         self.module: Any = None
         self._caps: Caps | None = None
+        self._layers: str | None = None
 
     @classmethod
-    def of(cls, module: nn.Module, cache: str = "full", generation: Any = None) -> Any:
+    def of(
+        cls, module: nn.Module, cache: str = "full", generation: Any = None, lacks: Mapping[str, str] | None = None
+    ) -> Any:
         """Wrap a transformers model as it is: same weights, same mode, same attention.
 
         Args:
             module: A ``PreTrainedModel`` with a language head.
             cache: As in the class.
             generation: A ``GenerationConfig`` to read end, start and pad tokens from; default the module's.
+            lacks: ``caps().lacks`` of an earlier wrapper of the same module, which saves the trial.
         """
         hf: Any = module
         said = generation or hf.generation_config
         dtype = str(hf.dtype).removeprefix("torch.")
         made: Any = cls(None, recorded(hf.config, said), hf.config._attn_implementation, dtype, cache)
-        return made.train(module.training)._take(hf, said)
+        made.train(module.training)._take(hf, said)
+        made._caps = None if lacks is None else made._said(dict(lacks))
+        return made
 
     def check(self, model: Any) -> None:
         """Refuse a config that transformers can't read."""
@@ -106,7 +113,7 @@ class HFModel(StepModel):
         except OSError as error:
             raise ConfigError(f"{type(self).__name__}: no weights to load at {self.path}") from error
 
-    def _take(self, module: Any, generation: Any) -> Any:
+    def _take(self, module: Any, generation: Any) -> None:
         from quire.roles.language.hf_cache import windows_of
         from quire.roles.language.hf_places import places_of
 
@@ -125,7 +132,6 @@ class HFModel(StepModel):
         self._places = places_of(module.get_decoder(), self._decoder_config, parameters)
         if self.cache == "sliding" and self._window is None:
             raise ConfigError(f"{mine}.cache=sliding: {module.config.model_type} has no sliding window; use full")
-        return self
 
     @property
     def _window(self) -> int | None:
@@ -144,8 +150,6 @@ class HFModel(StepModel):
 
     def _said(self, lacks: dict[str, str]) -> Caps:
         ids = {k: getattr(self.generation, k, None) for k in ("eos_token_id", "pad_token_id", "bos_token_id")}
-        for key in ids:
-            ids[key] = getattr(self._decoder_config, key, None) if ids[key] is None else ids[key]
         eos = ids["eos_token_id"]
         ends = () if eos is None else tuple(int(e) for e in (eos if isinstance(eos, (list, tuple)) else [eos]))
         start = getattr(self.generation, "decoder_start_token_id", None) if self.crosses else None
@@ -185,14 +189,15 @@ class HFModel(StepModel):
         return list(self.module.get_submodule(self._layers_name()))
 
     def _layers_name(self) -> str:
-        decoder = self.module.get_decoder()
-        inside = {id(m) for m in decoder.modules()}
-        depth = self._decoder_config.num_hidden_layers
-        depth = getattr(self._decoder_config, "num_decoder_layers", None) or depth
-        for name, part in self.module.named_modules():
-            if isinstance(part, nn.ModuleList) and len(part) == depth and id(part) in inside:
-                return name
-        raise ConfigError(f"{type(self).__name__}: the layers of {type(self.module).__name__} were not found")
+        if self._layers is None:
+            decoder, config = self.module.get_decoder(), self._decoder_config
+            inside = {id(m) for m in decoder.modules()}
+            depth = getattr(config, "num_decoder_layers", None) or config.num_hidden_layers
+            lists = ((n, m) for n, m in self.module.named_modules() if isinstance(m, nn.ModuleList) and id(m) in inside)
+            self._layers = next((name for name, part in lists if len(part) == depth), None)
+        if self._layers is None:
+            raise ConfigError(f"{type(self).__name__}: the layers of {type(self.module).__name__} were not found")
+        return self._layers
 
     def shallow(self, **how: Any) -> Any:
         """``layers=n``: the decoder's first n layers with the same norm and head."""

@@ -73,7 +73,8 @@ class Speculative(Sampler):
         self.drafter, self.acceptance, self.guard = drafter, acceptance or Exact(), guard
         self.budget, self.max_new_tokens, self.max_total = budget, max_new_tokens, max_total
         self.strings, self.processors, self.seed, self.debug = stop or [], list(processors or []), seed, debug
-        self.rule: Callable[[list[int], list[int]], bool] | None = None  # (prompt, emitted) → end; set in Python
+        self.rule: Callable[[int, list[int]], bool] | None = None  # (row, emitted) → end; set in Python, by the bridge
+        self.shape: Callable[[int, list[int], Tensor], Tensor] | None = None  # (row, prefix, logits [V]) → logits
 
     @classmethod
     def tiny(cls) -> dict[str, Any]:
@@ -139,7 +140,7 @@ class Speculative(Sampler):
             if len(prompt) >= most and limit:
                 raise ConfigError(f"prompt {place} has {len(prompt)} tokens; the model takes {most}")
             limit = min(limit, most - len(prompt))
-        rule = None if self.rule is None else functools.partial(self.rule, prompt)
+        rule = None if self.rule is None else functools.partial(self.rule, place)
         stop = StopRule(caps.eos_ids, limit, self.strings, decode, rule)
         return Row(place, prompt, stop, torch.Generator().manual_seed(mix(self.seed, index)))
 
@@ -163,7 +164,7 @@ class Speculative(Sampler):
         stats.prefill_ms = 1e3 * (time.perf_counter() - start)
         begun = time.perf_counter()
         for i, row in enumerate(rows):
-            row.pending = self.acceptance.first(self._processed(row.context, state.logits[i]), row.generator)
+            row.pending = self.acceptance.first(self._processed(row, row.context, state.logits[i]), row.generator)
             taken = row.stop.feed([row.pending])
             stats.new_tokens += len(taken)
             stats.ttft_ms = stats.ttft_ms or 1e3 * (time.perf_counter() - start)
@@ -222,7 +223,7 @@ class Speculative(Sampler):
 
     def _choices(self, alive: list[Row], drafts: list[Draft | None], logits: Tensor) -> Iterator[tuple[list[int], int]]:
         empty = Draft([], [])
-        plain_exact = type(self.acceptance) is Exact and not self.processors
+        plain_exact = type(self.acceptance) is Exact and not self.processors and self.shape is None
         top = logits.argmax(-1).tolist() if plain_exact else None  # one transfer for all rows
         for i, (row, draft) in enumerate(zip(alive, drafts)):
             if top is not None:
@@ -232,16 +233,18 @@ class Speculative(Sampler):
                 yield self.acceptance.choose(self._at_nodes(row, draft or empty, own), draft or empty, row.generator)
 
     def _at_nodes(self, row: Row, draft: Draft, logits: Tensor) -> Tensor:
-        if not self.processors:
+        if not self.processors and self.shape is None:
             return logits
         paths: list[list[int]] = [row.context]
         for token, parent in zip(draft.tokens, draft.parents):
             paths.append([*paths[parent + 1], token])
-        return torch.stack([self._processed(path, row_) for path, row_ in zip(paths, logits)])
+        return torch.stack([self._processed(row, path, own) for path, own in zip(paths, logits)])
 
-    def _processed(self, prefix: list[int], logits: Tensor) -> Tensor:
+    def _processed(self, row: Row, prefix: list[int], logits: Tensor) -> Tensor:
         for processor in self.processors:
             logits = processor(prefix, logits)
+        if self.shape is not None:
+            logits = self.shape(row.place, prefix, logits)
         return logits
 
     def _emit(self, row: Row, draft: Draft | None, nodes: list[int], bonus: int, stats: Stats) -> tuple[int, list[int]]:

@@ -130,6 +130,7 @@ class PutBackPictures(Callback):
     @torch.no_grad()
     def on_train_end(self, trainer: Any, pl_module: Any) -> None:
         """Shuffle, guess, put back, draw."""
+        folder = Path(trainer.log_dir or trainer.default_root_dir)  # asked on every rank: it waits for rank 0
         image = self._seen.get("val", self._seen.get("train"))
         segment = _picture(pl_module, image)
         here = trainer.is_global_zero and isinstance(trainer.strategy, (SingleDeviceStrategy, DDPStrategy))
@@ -150,7 +151,7 @@ class PutBackPictures(Callback):
         notes = [f"put back, {n} of {segment.cells} in place" for n in at_home.sum(1).tolist()]
         share, chance = 100 * at_home.float().mean().item(), 100 / segment.cells
         said = f"{share:.0f} % of the shuffled patches are back in their own place (chance {chance:.1f} %)"
-        path = Path(trainer.log_dir or trainer.default_root_dir) / self.file
+        path = folder / self.file
         draw(path, f"{said}; equal patches may have swapped", image, shuffled, back, notes)
         print(f"{path}: {said}")
 

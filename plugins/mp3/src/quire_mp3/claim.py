@@ -51,9 +51,9 @@ class PretrainingHelps(Claim):
         "positions can beat a supervised one with them (the paper's claims in words; its tables were not available)"
     )
     budget = (
-        "digits, 1400 unlabelled training images, 397 test images; ViT of 3 layers, width 48, patches of 2x2; 700 steps "
-        "of pretraining, 200 of fine-tuning on 200 labels unless an arm says otherwise, batches of 64, learning rate 1e-3; "
-        "weights start from a normal of deviation 0.02 as in DeiT, for all arms alike"
+        "digits, 1400 unlabelled training images, 397 test images; ViT of 3 layers, width 48, patches of 2x2; 700 "
+        "steps of pretraining, 200 of fine-tuning on 200 labels unless an arm says otherwise, batches of 64, learning "
+        "rate 1e-3; weights start from a normal of deviation 0.02 as in DeiT, for all arms alike"
     )
     arms = {
         MP3: _arm(0.5, True),

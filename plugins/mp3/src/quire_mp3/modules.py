@@ -1,4 +1,4 @@
-"""Position prediction in pure torch: the head, the loss with its smoothed target, and what a prediction is judged by."""
+"""Position prediction in pure torch: the head, the loss with its smoothed target, and how guesses are judged."""
 
 from __future__ import annotations
 
