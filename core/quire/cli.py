@@ -22,7 +22,7 @@ def run(argv: list[str]) -> None:
     argv = _configs(argv)
     words = set(_words(argv))
     load().registry.import_named(words)
-    for known in (".*does not have many workers.*", ".*in eval mode at the start of training.*", ".*LeafSpec.*"):
+    for known in _KNOWN:
         warnings.filterwarnings("ignore", message=known)
     logging.getLogger("lightning.pytorch.utilities.rank_zero").addFilter(
         lambda record: "Tip:" not in record.getMessage()

@@ -17,7 +17,6 @@ from quire import checkpoint, optimizers, recipe
 from quire.contracts import (
     SLOTS,
     Batch,
-    Codes,
     Component,
     Decoder,
     Encoder,
@@ -221,11 +220,10 @@ class Model(LightningModule):
             self.log(f"{stage}/{name}", metric, batch_size=size, on_epoch=True)
 
     def predict_step(self, batch: Batch, batch_idx: int, dataloader_idx: int = 0) -> Any:
-        """The sampler's results, or the tensors of the encoder's codes by name."""
+        """The sampler's results, or the encoder's codes."""
         self._rekey("predict", 0, batch_idx)
         if self.sampler is None:
-            codes = self.encoder(self._prepare(batch, "predict"))
-            return codes.tensors() if isinstance(codes, Codes) else codes  # Lightning can't move a Layout
+            return self.encoder(self._prepare(batch, "predict"))
         if self.sampler.needs_grad:  # tensors born in inference mode can't be differentiated
             with torch.inference_mode(False), torch.enable_grad():
                 batch = {k: v.clone() if isinstance(v, Tensor) else v for k, v in batch.items()}
@@ -309,11 +307,6 @@ class Model(LightningModule):
     def configure_optimizers(self) -> Any:
         """One optimizer and schedule a player; weight decay only on matrices; layer-wise decay if asked for."""
         return optimizers.configure(self)
-
-    def optimizer_step(self, epoch: int, batch_idx: int, optimizer: Any, optimizer_closure: Any = None) -> None:
-        """As in Lightning; gradients are let go right after, so the next forward pass need not hold them."""
-        super().optimizer_step(epoch, batch_idx, optimizer, optimizer_closure)
-        optimizer.zero_grad()
 
     # ---- checkpoints
     def on_save_checkpoint(self, checkpoint_: dict[str, Any]) -> None:

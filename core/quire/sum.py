@@ -18,7 +18,7 @@ class Sum(Objective):
     """Several objectives on one encoder: the sum of their weighted terms.
 
     Args:
-        objectives: The members, in order; a term name used twice is prefixed with its objective's name.
+        objectives: The members, in order; a term or metric name used twice is prefixed with its objective's name.
         weights: One factor per member; default 1 each.
 
     Returns:
@@ -75,7 +75,8 @@ class Sum(Objective):
                 name = f"{type(objective).__name__}.{old}" if old in joined else old
                 joined[name] = value
                 weights[name] = factor * objective.weights.get(old, 1.0)
-            joined.metrics.update(losses.metrics)
+            for old, metric in losses.metrics.items():
+                joined.metrics[f"{type(objective).__name__}.{old}" if old in joined.metrics else old] = metric
             joined.outputs.update(losses.outputs)
         self.weights = weights
         return joined

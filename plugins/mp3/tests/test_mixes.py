@@ -54,6 +54,7 @@ def test_a_sum_trains_one_encoder_with_a_head_for_each():
     batch = {"image": torch.rand(3, 1, 8, 8), "label": torch.tensor([1, 2, 3])}
     losses = model.objective(model, batch)
     assert set(losses) == {"position", "classify"}
+    assert {"accuracy", "Classify.accuracy"} <= set(losses.metrics)  # neither hides the other
     sum(losses.values()).backward()
     assert [n for n, p in model.named_parameters() if p.grad is None] == []
 

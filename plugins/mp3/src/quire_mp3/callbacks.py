@@ -163,5 +163,6 @@ def _picture(model: Any, image: Tensor | None) -> Segment | None:
     """The one grid of image patches that the encoder cuts; None for any other layout."""
     layout = model.encoder.role(TokenEncoder).built_layout
     segment = layout.segments[0]
-    fits = image is not None and len(layout.segments) == 1 and segment.field == "image" and len(segment.grid) == 2
-    return segment if fits and list(image.shape[2:]) == [g * p for g, p in zip(segment.grid, segment.patch)] else None
+    if image is None or len(layout.segments) != 1 or segment.field != "image" or len(segment.grid) != 2:
+        return None
+    return segment if list(image.shape[2:]) == [g * p for g, p in zip(segment.grid, segment.patch)] else None
