@@ -28,7 +28,7 @@ ROOT = Path(__file__).resolve().parents[1]
 DOCS = ROOT / "docs"
 PLURAL = {"data": "data modules", "part": "parts"}
 SECTION = re.compile(r"^(Args|Needs|Fields|Attributes|Returns|Raises|Paper):\s*(.*)$")
-LINK = re.compile(r"(!?)\[([^\]]*)\]\((?!https?://|#|mailto:)([^)#\s]+)(#[^)\s]*)?\)")
+LINK = re.compile(r"(!?)\[([^\[\]]*)\]\((?!https?://|#|mailto:)([^)#\s]+)(#[^)\s]*)?\)")
 
 
 # ---- markdown

@@ -49,6 +49,8 @@ COMPONENTS: list[tuple[str, str, str | tuple[str, ...]]] = [
     ("datasets.algorithmic.Algorithmic", "data", ()),
     ("roles.language.models.CausalLM", "decoder", "StepModel"),
     ("roles.language.models.Seq2SeqDecoder", "decoder", "StepModel"),
+    ("roles.language.hf.HFCausal", "decoder", "StepModel"),
+    ("roles.language.hf.HFSeq2Seq", "decoder", "StepModel"),
     ("roles.language.next_token.NextToken", "objective", ()),
     ("roles.language.next_token.Seq2SeqTokens", "objective", ()),
     ("roles.language.loop.Greedy", "sampler", ()),

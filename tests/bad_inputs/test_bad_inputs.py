@@ -100,7 +100,7 @@ def test_a_bad_input_ends_in_one_sentence(
     assert not (folder / "pwned").exists()
 
 
-@pytest.mark.parametrize("case", CASES[::9], ids=[c["name"] for c in CASES[::9]])
+@pytest.mark.parametrize("case", CASES[::15], ids=[c["name"] for c in CASES[::15]])
 def test_quire_trace_raises_the_same_error(case: dict[str, Any], folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     argv = prepare({k: v for k, v in case.items() if k != "site"}, folder, monkeypatch)
     monkeypatch.setenv("QUIRE_TRACE", "1")

@@ -183,9 +183,11 @@ class Drafter(Part):
 
     Attributes:
         drafter_forwards: Forward passes of models that the drafter itself has run.
+        codes: The batch's source codes for an encoder-decoder model, set before ``begin``; None without a source.
     """
 
     drafter_forwards: int = 0
+    codes: Any = None
 
     def begin(self, model: StepModel, prompts: list[list[int]], sources: list[list[int]] | None) -> None:
         """Called once per batch, before the first draft."""

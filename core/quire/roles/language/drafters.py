@@ -11,6 +11,7 @@ from quire.contracts import Decoder
 from quire.errors import ConfigError
 from quire.roles.language.accept import tiny_speculative
 from quire.roles.language.contract import DecodeState, Draft, Drafter, StepModel, device_of
+from quire.roles.language.rows import select
 
 
 class PromptCopy(Drafter):
@@ -144,7 +145,7 @@ class SmallModel(Drafter):
             name = type(self).__name__
             raise ConfigError(f"{name}: the drafter has {ours} tokens, the model {theirs}: they must agree")
         self.refer("_small", small)
-        self._states, self.drafter_forwards = {}, 0
+        self._states, self._rows, self.drafter_forwards = {}, len(prompts), 0
 
     def propose(self, row: int, context: list[int], budget: int) -> Draft | None:
         """Cut the cache back to what still holds, read what is new, continue greedily."""
@@ -160,7 +161,8 @@ class SmallModel(Drafter):
             small.cut(state, torch.tensor([same]))
             logits = self._read(state, context[same:])
         else:
-            state = small.open(torch.tensor([context], device=device_of(small)), max_length=most)
+            codes = None if self.codes is None else select(self.codes, [row], self._rows)
+            state = small.open(torch.tensor([context], device=device_of(small)), codes=codes, max_length=most)
             logits = state.logits[0]
         drafted = [int(logits.argmax())]
         while len(drafted) < count:
@@ -232,6 +234,7 @@ class DraftUnion(Drafter):
     def begin(self, model: StepModel, prompts: list[list[int]], sources: list[list[int]] | None) -> None:
         """Begin each."""
         for drafter in self._each():
+            drafter.refer("codes", self.codes)
             drafter.begin(model, prompts, sources)
 
     def propose(self, row: int, context: list[int], budget: int) -> Draft | None:

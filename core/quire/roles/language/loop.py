@@ -118,14 +118,16 @@ class Speculative(Sampler):
         if self.strings and decode is None:
             raise ConfigError("sampler.stop needs a tokenizer: use a text data module, or end by token")
         index = batch["index"].tolist() if "index" in batch else list(range(len(prompts)))
+        if self.drafter is not None:
+            self.drafter.refer("codes", codes)
+            self.drafter.begin(target, prompts, sources)
         whole = Stats()
         rows: list[Row] = []
         groups = [list(range(len(prompts)))] if target.caps().batch else [[i] for i in range(len(prompts))]
         for group in groups:
             part = None if codes is None else select(codes, group, len(prompts))
             made = [self._row(i, prompts[i], index[i], target.caps(), decode) for i in group]
-            picked = [sources[i] for i in group] if sources else None
-            stats = yield from self._decode(target, made, part, picked)
+            stats = yield from self._decode(target, made, part)
             stats.rows_looped = 0 if target.caps().batch else len(group)
             whole = whole.merge(stats)
             rows += made
@@ -144,14 +146,10 @@ class Speculative(Sampler):
         stop = StopRule(caps.eos_ids, limit, self.strings, decode, rule)
         return Row(place, prompt, stop, torch.Generator().manual_seed(mix(self.seed, index)))
 
-    def _decode(
-        self, target: StepModel, rows: list[Row], codes: Any, sources: list[list[int]] | None
-    ) -> Generator[tuple[int, list[int]], None, Stats]:
+    def _decode(self, target: StepModel, rows: list[Row], codes: Any) -> Generator[tuple[int, list[int]], None, Stats]:
         stats = Stats(rows=len(rows))
         start = time.perf_counter()
         caps = target.caps()
-        if self.drafter is not None:
-            self.drafter.begin(target, [r.prompt for r in rows], sources)
         if all(r.stop.reason for r in rows):
             return stats
         if self.guard is not None:

@@ -10,7 +10,7 @@ import torch
 
 from quire.errors import ConfigError
 from quire.roles.language.accept import Exact
-from quire.roles.language.contract import StepModel, device_of
+from quire.roles.language.contract import StepModel, codes_of, device_of
 from quire.roles.language.loop import Greedy, Speculative
 from quire.roles.language.rows import padded
 
@@ -66,7 +66,7 @@ def report(model: Any, prompt: list[int], want: list[int], got: list[int], place
     prefix = prompt + want[:at]
     target: StepModel = model.decoder.role(StepModel)
     with torch.no_grad():
-        codes = model.encoder(fields) if model.encoder is not None else None
+        codes = codes_of(model, fields)
         logits = target.open(torch.tensor([prefix], device=device_of(target)), None, codes).logits[0]
     a, b = float(logits[want[at]]), float(logits[got[at]])
     return (

@@ -1,0 +1,72 @@
+"""How much of a drafter's guesses a language model accepts, over a prediction run."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from quire.contracts import Batch, Metric
+from quire.roles.language.accept import tiny_speculative
+from quire.roles.language.contract import Generated
+from quire.roles.language.stats import Stats
+
+
+class AcceptanceStats(Metric):
+    """Drafted tokens accepted per step of ``predict``, by depth and by prompt number.
+
+    ``compute`` is the mean over steps, the bonus token not counted; ``by_depth`` and ``curve`` say the rest. A prompt's
+    number is its place in the data, so a drafter that learns shows a rising curve.
+
+    Returns:
+        Accepted tokens per step, 0 before any step.
+    """
+
+    full_state_update = False
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.add_state("accepted", torch.zeros((), dtype=torch.float64), dist_reduce_fx="sum")
+        self.add_state("steps", torch.zeros((), dtype=torch.float64), dist_reduce_fx="sum")
+        self.total = Stats()
+        self.prompts: dict[int, tuple[int, int]] = {}
+
+    @classmethod
+    def tiny(cls) -> dict[str, Any]:
+        """Prompt lookup on the standard library's text."""
+        run = tiny_speculative({})
+        run["model"]["metrics"] = ["AcceptanceStats"]
+        return run
+
+    def update(self, stats: Stats, index: list[int]) -> None:
+        """Add one batch's statistics; ``index`` are its places in the data."""
+        self.accepted += stats.accepted
+        self.steps += stats.steps
+        self.total = self.total.merge(stats)
+        if index:
+            first = min(index)  # a batch's counts are one: with batches of one this is per prompt
+            accepted, steps = self.prompts.get(first, (0, 0))
+            self.prompts[first] = (accepted + stats.accepted, steps + stats.steps)
+
+    def sampled(self, model: Any, batch: Batch, results: Any) -> None:
+        """Read a language sampler's results; others have no such statistics."""
+        if isinstance(results, Generated):
+            self.update(results.stats, list(results.index))
+
+    def compute(self) -> Tensor:
+        """Accepted tokens per step."""
+        return (self.accepted / self.steps.clamp(min=1)).float()
+
+    def by_depth(self) -> dict[int, float]:
+        """Share of drafted nodes that stood, by depth from 1; of this process."""
+        return self.total.per_depth_accept()
+
+    def curve(self) -> dict[int, float]:
+        """Accepted per step by number of the batch's first prompt, in order; of this process."""
+        return {i: accepted / max(1, steps) for i, (accepted, steps) in sorted(self.prompts.items())}
+
+    def reset(self) -> None:
+        """Forget everything."""
+        super().reset()
+        self.total, self.prompts = Stats(), {}
