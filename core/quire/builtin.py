@@ -58,6 +58,7 @@ COMPONENTS: list[tuple[str, str, str | tuple[str, ...]]] = [
     ("roles.language.loop.Speculative", "sampler", ()),
     ("roles.language.accept.Exact", "part", "acceptance"),
     ("roles.language.accept.SampleOnce", "part", "acceptance"),
+    ("roles.language.metrics.AcceptanceStats", "metric", ()),
     ("roles.language.guard.SpeedGuard", "part", "guard"),
     ("roles.language.drafters.PromptCopy", "part", "drafter"),
     ("roles.language.drafters.Scripted", "part", "drafter"),

@@ -24,11 +24,13 @@ class AcceptanceStats(Metric):
     """
 
     full_state_update = False
+    accepted: Tensor
+    steps: Tensor
 
     def __init__(self) -> None:
         super().__init__()
-        self.add_state("accepted", torch.zeros((), dtype=torch.float64), dist_reduce_fx="sum")
-        self.add_state("steps", torch.zeros((), dtype=torch.float64), dist_reduce_fx="sum")
+        self.add_state("accepted", torch.zeros((), dtype=torch.long), dist_reduce_fx="sum")
+        self.add_state("steps", torch.zeros((), dtype=torch.long), dist_reduce_fx="sum")
         self.total = Stats()
         self.prompts: dict[int, tuple[int, int]] = {}
 
@@ -56,7 +58,7 @@ class AcceptanceStats(Metric):
 
     def compute(self) -> Tensor:
         """Accepted tokens per step."""
-        return (self.accepted / self.steps.clamp(min=1)).float()
+        return self.accepted / self.steps.clamp(min=1)
 
     def by_depth(self) -> dict[int, float]:
         """Share of drafted nodes that stood, by depth from 1; of this process."""

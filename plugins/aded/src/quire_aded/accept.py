@@ -13,7 +13,7 @@ from quire.roles.language.contract import Acceptance, Draft
 
 
 class SampleTwice(Acceptance):
-    """Sample along each drafted path apart; throw a mismatch away and draw the bonus anew. Biased. Liu et al. 2024, code.
+    """Sample each drafted path apart; draw anew behind a mismatch. Biased: the official code's rule. Liu et al. 2024.
 
     Drafted tokens come out too often: with p = (.3, .5, .2) and token 0 drafted, token 0 has probability
     .3 + .7·.3 = .51. It is here to compare with; ``SampleOnce`` is exact.

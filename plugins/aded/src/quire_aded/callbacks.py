@@ -19,8 +19,8 @@ def drafters_of(model: Any) -> list[TrigramTree]:
 class SaveTrigrams(Callback):
     """Write the drafter's weights, corpus and observations joined, as safetensors with the tokenizer's fingerprint.
 
-    The file holds token triples of what users wrote and were answered: treat it as their text.
-    ``TrigramTree(corpus: FILE)`` reads it.
+    For the drafter of Liu et al. 2024. The file holds token triples of what users wrote and were
+    answered: treat it as their text. ``TrigramTree(corpus: FILE)`` reads it.
 
     Args:
         path: File, ending in .safetensors.
@@ -67,7 +67,10 @@ class SaveTrigrams(Callback):
 
 
 class ForgetTrigrams(Callback):
-    """Drop what ``TrigramTree`` observed before each prediction run; drafters with ``scope: run`` bring it along."""
+    """Drop what ``TrigramTree`` observed before each prediction run; drafters with ``scope: run`` bring it along.
+
+    For the drafter of Liu et al. 2024; the official code keeps everything.
+    """
 
     @classmethod
     def tiny(cls) -> dict[str, Any]:

@@ -27,7 +27,7 @@ from quire_universal.metrics import CharAccuracy, SequenceAccuracy
 from quire_universal.monitor import PonderMonitor
 from quire_universal.objective import UniversalSeq2Seq
 
-TRAIN, TEST, STEPS, BATCH, WIDTH = 10, 20, 3000, 64, 64
+TRAIN, TEST, STEPS, BATCH, WIDTH = 10, 20, 2000, 64, 64
 WEIGHTS = (0.0, 0.001, 0.01, 0.1)
 UT, OWN, EQUAL = "UT", "own layers", "equal parameters"
 OUT, IN = "out of length", "in length"

@@ -53,6 +53,8 @@ class UniversalDecoder(StepModel):
         ConfigError: sizes that do not fit, unknown words, codes missing or not expected.
     """
 
+    longest: Tensor
+
     def __init__(
         self,
         width: int = 512,

@@ -75,7 +75,7 @@ class PonderMonitor(Callback):
         if batch_idx >= self.batches:
             return
         encoder, decoder = pl_module.find(UniversalEncoder), pl_module.find(UniversalDecoder)
-        codes = encoder(batch) if encoder is not None else None
+        codes: Any = encoder(batch) if encoder is not None else None
         if encoder is not None and encoder.halting is not None and encoder.patch is None:
             ids = batch["source"] if "source" in batch else batch["tokens"]
             self._count("encoder", Ponder(codes.ponder, codes.steps, codes.mask), ids, batch)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
@@ -39,7 +41,7 @@ class Recurrence(nn.Module):
     ) -> None:
         super().__init__()
         self.signals = signals
-        self.blocks = nn.ModuleList(
+        self.blocks: Any = nn.ModuleList(
             [UniversalBlock(width, heads, ffn, dropout, norm, transition, causal, cross) for _ in range(blocks)]
         )
         self.norm: nn.Module = nn.LayerNorm(width) if norm == "pre" else nn.Identity()
