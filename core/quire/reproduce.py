@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import hashlib
 import json
+import logging
 import math
 import statistics
 import time
-from collections.abc import Mapping
+import warnings
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
@@ -66,6 +69,39 @@ class Claim:
     def remarks(self, results: Results) -> list[str]:
         """Sentences that belong beside the verdict: what was not shown, what was uncovered."""
         return []
+
+
+@contextlib.contextmanager
+def quiet() -> Iterator[None]:
+    """Without Lightning's chatter and warnings: what an arm trains is reported by its metrics."""
+    loggers = [logging.getLogger(f"lightning.{part}") for part in ("pytorch", "fabric")]
+    levels = [logger.level for logger in loggers]
+    try:
+        for logger in loggers:
+            logger.setLevel(logging.ERROR)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        for logger, level in zip(loggers, levels):
+            logger.setLevel(level)
+
+
+def arm_trainer(**options: Any) -> Any:
+    """A Trainer for one arm: one process on the CPU; no logger, checkpoints or validation unless asked for."""
+    from lightning.pytorch import Trainer
+
+    plain = {
+        "accelerator": "cpu",
+        "devices": 1,
+        "logger": False,
+        "enable_checkpointing": False,
+        "enable_progress_bar": False,
+        "enable_model_summary": False,
+        "limit_val_batches": 0,
+        "num_sanity_val_steps": 0,
+    }
+    return Trainer(**{**plain, **options})
 
 
 def mean(results: Results, arm: str, metric: str) -> float:

@@ -10,7 +10,8 @@ from torch import Tensor, nn
 
 from quire.contracts import Batch, Codes, Spec
 from quire.errors import ConfigError
-from quire.roles.language.hf_model import MASKED, HFModel, given, left
+from quire.roles.language.hf_model import MASKED, HFModel, given
+from quire.roles.language.rows import left_aligned
 
 
 class HFCausal(HFModel):
@@ -51,12 +52,12 @@ class HFCausal(HFModel):
             mask: [B,T] bool, True = real; None: no padding.
             doc: [B,T] int64, attention stays within a document; needs sdpa or eager attention.
         """
-        shifted, _, back = left(tokens, mask, "row")
+        shifted, _, back = left_aligned(tokens, mask, "row")
         seen = None
         if doc is not None:
             if self._decoder_config._attn_implementation not in MASKED:
                 raise ConfigError(f"NextToken.doc_mask: {self._lacking()['tree_mask']}")
-            doc = left(doc, mask, "row")[0]
+            doc = left_aligned(doc, mask, "row")[0]
             steps = torch.arange(shifted.shape[1], device=tokens.device)[None].expand(len(shifted), -1)
             inside = (doc[:, :, None] == doc[:, None, :]) & (steps[:, :, None] >= steps[:, None, :])
             seen = self._masks(inside, steps, steps)
@@ -137,7 +138,7 @@ class HFSeq2Seq(HFModel):
         if "source" not in batch:
             raise ConfigError("HFSeq2Seq needs a source: the batch has no field source, and model.encoder is not set")
         mask = batch.get("source_mask")
-        ids, counts, _ = left(batch["source"], mask, "source")
+        ids, counts, _ = left_aligned(batch["source"], mask, "source")
         ids = ids[:, : max(counts)]
         most = getattr(self.module.config, "max_position_embeddings", None)
         if most is not None and max(counts) > most:
@@ -180,7 +181,7 @@ class HFSeq2Seq(HFModel):
             tokens: [B,T] int64.
             mask: [B,T] bool, True = real; None: no padding.
         """
-        shifted, _, back = left(tokens, mask, "row")
+        shifted, _, back = left_aligned(tokens, mask, "row")
         arguments = self._arguments(shifted, None, None, self._source(codes))
         logits = self.module(**arguments, use_cache=False, return_dict=True).logits
         return logits if back is None else logits.gather(1, back[:, :, None].expand(-1, -1, logits.shape[2]))

@@ -16,6 +16,7 @@ from quire.errors import ConfigError
 from quire.roles.language.contract import Caps, DecodeState, StepModel
 from quire.roles.language.hf_config import fresh_config, read_config, recorded
 from quire.roles.language.models import tree
+from quire.roles.language.rows import left_aligned
 
 MASKED = ("sdpa", "eager")  # attention that takes a 4-D mask
 
@@ -224,7 +225,7 @@ class HFModel(StepModel):
         """Prefill; rows are moved to the left, so padding stands behind and is seen by no real token."""
         from quire.roles.language.hf_cache import SlotStore, WindowStore
 
-        prompt, counts, _ = left(prompt, mask, "prompt")
+        prompt, counts, _ = left_aligned(prompt, mask, "prompt")
         prompt = prompt[:, : max(counts)]
         most = self._positions_max()
         if most is not None and max(counts) > most:
@@ -351,27 +352,6 @@ class HFModel(StepModel):
         if source is not None:
             kept = None if source.mask is None else source.mask[order]
             state.extras["source"] = replace(source, values=source.values[order], mask=kept)
-
-
-def left(ids: Tensor, mask: Tensor | None, what: str) -> tuple[Tensor, list[int], Tensor | None]:
-    """Move each row's real tokens to the left, so that slot and position agree whatever side was padded.
-
-    Returns:
-        Ids [B,T], the rows' lengths, and the place of each old column [B,T] (None when nothing has moved).
-
-    Raises:
-        ConfigError: a row without real tokens.
-    """
-    if mask is None:
-        return ids, [ids.shape[1]] * len(ids), None
-    counts = mask.sum(1).tolist()
-    if min(counts) == 0:
-        raise ConfigError(f"{what} {counts.index(0)} has no real tokens")
-    back = None
-    if bool((mask[:, 1:] > mask[:, :-1]).any()):
-        order = (~mask).long().argsort(dim=1, stable=True)
-        ids, mask, back = ids.gather(1, order), mask.gather(1, order), order.argsort(dim=1)
-    return ids.where(mask, ids[:, :1]), counts, back  # a real id behind: transformers warns of pad ids without a mask
 
 
 def given(**arguments: Any) -> dict[str, Any]:

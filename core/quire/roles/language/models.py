@@ -12,6 +12,7 @@ from quire.contracts import Codes, Spec
 from quire.errors import ConfigError
 from quire.roles.language.blocks import Block, Cache, Seen, Source, norm_of
 from quire.roles.language.contract import Caps, DecodeState, StepModel
+from quire.roles.language.rows import left_aligned
 
 
 class CausalLM(StepModel):
@@ -205,12 +206,8 @@ class CausalLM(StepModel):
         self, prompt: Tensor, mask: Tensor | None = None, codes: Codes | None = None, max_length: int | None = None
     ) -> DecodeState:
         """Prefill; rows are moved to the left, so slot and position agree whatever side was padded."""
-        if mask is not None and not bool(mask.any(1).all()):
-            raise ConfigError(f"prompt {int((~mask.any(1)).nonzero()[0])} has no real tokens")
-        counts = [prompt.shape[1]] * len(prompt) if mask is None else mask.sum(1).tolist()
-        if mask is not None:
-            order = (~mask).long().argsort(dim=1, stable=True)
-            prompt = prompt.gather(1, order)[:, : max(counts)]
+        prompt, counts, _ = left_aligned(prompt, mask, "prompt")
+        prompt = prompt[:, : max(counts)]
         most = self._caps.positions_max
         if most is not None and max(counts) > most:
             raise ConfigError(f"prompt {counts.index(max(counts))} has {max(counts)} tokens; the model takes {most}")

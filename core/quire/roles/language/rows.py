@@ -64,6 +64,27 @@ def sources_of(batch: Batch) -> list[list[int]] | None:
     return None
 
 
+def left_aligned(ids: Tensor, mask: Tensor | None, what: str) -> tuple[Tensor, list[int], Tensor | None]:
+    """Move each row's real tokens to the left, so that slot and position agree whatever side was padded.
+
+    Returns:
+        Ids [B,T], the rows' lengths, and the place of each old column [B,T] (None when nothing has moved).
+
+    Raises:
+        ConfigError: a row without real tokens.
+    """
+    if mask is None:
+        return ids, [ids.shape[1]] * len(ids), None
+    counts = mask.sum(1).tolist()
+    if min(counts) == 0:
+        raise ConfigError(f"{what} {counts.index(0)} has no real tokens")
+    back = None
+    if bool((mask[:, 1:] > mask[:, :-1]).any()):
+        order = (~mask).long().argsort(dim=1, stable=True)
+        ids, mask, back = ids.gather(1, order), mask.gather(1, order), order.argsort(dim=1)
+    return ids.where(mask, ids[:, :1]), counts, back  # a real id behind: transformers warns of pad ids without a mask
+
+
 def padded(rows: list[list[int]], pad: int, device: torch.device) -> tuple[Tensor, Tensor | None]:
     """Right-padded ids [B,L] and mask, or None when nothing is padded."""
     longest = max(len(r) for r in rows)

@@ -3,20 +3,18 @@
 from __future__ import annotations
 
 import functools
-import logging
 import random
 import time
-import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
 
-from lightning.pytorch import Trainer, seed_everything
+from lightning.pytorch import seed_everything
 
 from quire.datasets.text import TextTokens, standard_library
 from quire.model import Model
-from quire.reproduce import Band, Claim, Results, mean
+from quire.reproduce import Band, Claim, Results, arm_trainer, mean, quiet
 from quire.roles.language.contract import Draft, Drafter
 from quire.roles.language.drafters import PromptCopy
 from quire.roles.language.guard import SpeedGuard
@@ -166,19 +164,9 @@ def trained(quick: bool) -> Trial:
     data.given = {"train": train, "val": held_code, "test": held_prose}
     shape: dict[str, Any] = {"width": 48, "depth": 2, "heads": 2} if quick else {"width": 384, "depth": 6, "heads": 6}
     model = Model(decoder=CausalLM(**shape), objective=NextToken())
-    logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        trainer = Trainer(
+    with quiet():
+        trainer = arm_trainer(
             max_steps=20 if quick else 250,
-            accelerator="cpu",
-            devices=1,
-            logger=False,
-            enable_checkpointing=False,
-            enable_progress_bar=False,
-            enable_model_summary=False,
-            limit_val_batches=0,
-            num_sanity_val_steps=0,
         )
         trainer.fit(model, datamodule=data)
     model.eval()

@@ -2,22 +2,19 @@
 
 from __future__ import annotations
 
-import logging
 import math
-import warnings
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import lightning.pytorch as pl
-from lightning.pytorch.utilities.warnings import PossibleUserWarning
 from torch import nn
 
 from quire.checkpoint import Pretrained
 from quire.data import DataModule
 from quire.datasets.images import Digits, TorchvisionImages
 from quire.model import Model
-from quire.reproduce import Band, Claim, Results, difference, mean, spread
+from quire.reproduce import Band, Claim, Results, arm_trainer, difference, mean, quiet, spread
 from quire.roles.probes.classify import Classify
 from quire.roles.tokens.vit import ViTEncoder
 from quire_mp3.callbacks import AttachPositions
@@ -204,20 +201,10 @@ def _fit(
     model: Model, data: DataModule, steps: int, folder: Path, callbacks: list[Any]
 ) -> tuple[pl.Trainer, Mapping[str, float]]:
     """Train without a word; the trainer, and what ``test`` measured."""
-    logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", PossibleUserWarning)
-        warnings.filterwarnings("ignore", message=".*LeafSpec.*")
-        trainer = pl.Trainer(
-            accelerator="cpu",
-            devices=1,
+    with quiet():
+        trainer = arm_trainer(
             max_epochs=-1,
             max_steps=steps,
-            limit_val_batches=0,
-            logger=False,
-            enable_checkpointing=False,
-            enable_progress_bar=False,
-            enable_model_summary=False,
             default_root_dir=folder,
             callbacks=callbacks,
         )

@@ -2,23 +2,20 @@
 
 from __future__ import annotations
 
-import contextlib
 import functools
-import logging
-import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, ClassVar
 
 import numpy as np
 import torch
-from lightning.pytorch import Callback, Trainer, seed_everything
+from lightning.pytorch import Callback, seed_everything
 from torch import Tensor
 
 from quire.contracts import Batch
 from quire.datasets.images import Digits
 from quire.model import Model
-from quire.reproduce import Band, Claim, Results, mean
+from quire.reproduce import Band, Claim, Results, arm_trainer, mean, quiet
 from quire.roles.latent.mlp import MlpVectorDecoder, MlpVectorEncoder
 from quire.roles.probes.classify import Classify
 from quire.schedule import Constant
@@ -82,22 +79,14 @@ class PrototypesClaim(Claim):
 
     def run(self, arm: str, settings: Mapping[str, Any], seed: int, quick: bool, folder: Path) -> dict[str, float]:
         """Train one arm and measure it."""
-        with _quiet():
+        with quiet():
             seed_everything(seed, verbose=False)
             head = settings.get("head", "prototypes")
             model = _linear() if head == "linear" else _prototypes(settings["r1"], settings["r2"])
             data = Digits(split="stratified", batch_size=BATCH, seed=seed)
             pictures: list[Callback] = [PrototypeImages(every=EPOCHS, path=str(folder))] if head != "linear" else []
-            trainer = Trainer(
+            trainer = arm_trainer(
                 max_epochs=EPOCHS,
-                accelerator="cpu",
-                devices=1,
-                logger=False,
-                enable_checkpointing=False,
-                enable_progress_bar=False,
-                enable_model_summary=False,
-                limit_val_batches=0,
-                num_sanity_val_steps=0,
                 callbacks=pictures,
                 default_root_dir=str(folder),
             )
@@ -212,16 +201,3 @@ def _interval(results: Results, arm: str, control: str, metric: str) -> tuple[fl
     draws = np.random.default_rng(0).choice(deltas, (10_000, len(deltas))).mean(axis=1)
     low, high = np.percentile(draws, [2.5, 97.5])
     return float(low), float(high)
-
-
-@contextlib.contextmanager
-def _quiet() -> Iterator[None]:
-    log = logging.getLogger("lightning.pytorch")
-    level = log.level
-    log.setLevel(logging.ERROR)
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            yield
-    finally:
-        log.setLevel(level)

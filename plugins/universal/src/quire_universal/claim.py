@@ -2,22 +2,19 @@
 
 from __future__ import annotations
 
-import contextlib
 import functools
 import itertools
-import logging
-import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
-from lightning.pytorch import Trainer, seed_everything
+from lightning.pytorch import seed_everything
 
 from quire.data import DataModule
 from quire.datasets.algorithmic import Algorithmic
 from quire.model import Model
-from quire.reproduce import Band, Claim, Results, difference, mean, spread
+from quire.reproduce import Band, Claim, Results, arm_trainer, difference, mean, quiet, spread
 from quire.roles.language.loop import Greedy
 from quire_universal.decoder import UniversalDecoder
 from quire_universal.encoder import UniversalEncoder
@@ -77,20 +74,12 @@ class UniversalClaim(Claim):
 
     def run(self, arm: str, settings: Mapping[str, Any], seed: int, quick: bool, folder: Path) -> dict[str, float]:
         """Train one arm; test in and beyond the training length."""
-        with _quiet():
+        with quiet():
             seed_everything(seed, verbose=False)
             monitor = PonderMonitor(batches=1000, path=str(folder / "ponder.json"))
             model, inside, beyond = _parts(settings, seed, quick)
-            trainer = Trainer(
+            trainer = arm_trainer(
                 max_steps=40 if quick else STEPS,
-                accelerator="cpu",
-                devices=1,
-                logger=False,
-                enable_checkpointing=False,
-                enable_progress_bar=False,
-                enable_model_summary=False,
-                limit_val_batches=0,
-                num_sanity_val_steps=0,
                 gradient_clip_val=1.0,
                 callbacks=[monitor] if "ponder" in settings else [],
                 default_root_dir=str(folder),
@@ -196,16 +185,3 @@ def _steps(monitor: PonderMonitor) -> dict[str, float]:
     if len(table["encoder"]["task"]) == 3:
         found |= {f"steps, {int(k) + 1} facts": v["steps"] for k, v in table["encoder"]["task"].items()}
     return found
-
-
-@contextlib.contextmanager
-def _quiet() -> Iterator[None]:
-    log = logging.getLogger("lightning.pytorch")
-    level = log.level
-    log.setLevel(logging.ERROR)
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            yield
-    finally:
-        log.setLevel(level)
