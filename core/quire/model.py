@@ -89,9 +89,14 @@ class Model(LightningModule):
         object.__setattr__(self, "tokenizer", tokenizer)
 
     @property
+    def datamodule(self) -> Any:
+        """The run's data module; None outside a run."""
+        return getattr(self._trainer, "datamodule", None)
+
+    @property
     def subject(self) -> Any:
         """The frozen model under study, which belongs to the data module; None without one."""
-        return getattr(getattr(self._trainer, "datamodule", None), "subject", None)
+        return getattr(self.datamodule, "subject", None)
 
     # ---- parts
     def components(self) -> Iterator[Component]:
@@ -110,7 +115,7 @@ class Model(LightningModule):
         """Build what depends on the data, once, then introduce the parts to each other."""
         if self._ready:
             return
-        source = getattr(self._trainer, "datamodule", None)
+        source = self.datamodule
         if self.spec is None:
             self.spec = Spec(source.spec) if source is not None and hasattr(source, "spec") else Spec()
         spec = Spec(self.spec)
@@ -138,7 +143,7 @@ class Model(LightningModule):
             raise ConfigError("predict needs model.sampler or model.encoder")
         if stage != "predict" and self.objective is None:
             raise ConfigError(f"{stage} needs model.objective")
-        source = self.trainer.datamodule  # type: ignore[attr-defined]
+        source = self.datamodule
         if getattr(source, "tokenizer", None) is not None:
             self.refer_tokenizer(source.tokenizer)
         if source is not None and getattr(source, "fields", None):
@@ -243,7 +248,7 @@ class Model(LightningModule):
         if stage not in self._checked:
             self._checked.add(stage)
             check_batch(batch)
-        source = self.trainer.datamodule  # type: ignore[attr-defined]
+        source = self.datamodule
         if source is not None and getattr(source, "transforms", None):
             batch = source.transform(batch, self.generator(), training=stage == "train")
         return batch

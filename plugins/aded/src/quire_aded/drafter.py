@@ -148,7 +148,7 @@ class TrigramTree(Drafter):
             if self.corpus is None:
                 self.store = Trigrams(vocab, fingerprint, self.max_rows)
             elif self.corpus == "data":
-                source = getattr(getattr(self._model, "_trainer", None), "datamodule", None)
+                source = getattr(self._model, "datamodule", None)
                 self.store = trigrams_of_data(source, vocab, fingerprint, self.max_rows)
             else:
                 tokenizer = getattr(self._model, "tokenizer", None)

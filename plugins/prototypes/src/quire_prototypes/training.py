@@ -43,7 +43,7 @@ _last: WeakKeyDictionary[PrototypeLayer, tuple[tuple[int, ...], Scan]] = WeakKey
 
 def source_of(model: Model) -> DataModule | None:
     """The run's data module; None outside a run or where loaders were given by hand."""
-    return getattr(model._trainer, "datamodule", None)
+    return model.datamodule
 
 
 def need_source(model: Model, asker: object) -> DataModule:
