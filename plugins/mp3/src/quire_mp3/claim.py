@@ -129,6 +129,8 @@ class PretrainingHelps(Claim):
             )
         long = [p for p in ((LONG, LATE_SCRATCH), (MNIST_MP3, MNIST_SCRATCH)) if p[0] in results]
         said += [f"{arm}: {_late(results, arm, control)}" for arm, control in long]
+        if MNIST_MP3 in results:
+            said.append("MNIST arms: 60000 unlabelled and 1000 labelled images, 10000 to test; control not tuned")
         if not long:
             said.append("whether longer pretraining or more unlabelled data keep the lead: run it with --arms long")
         return said
