@@ -126,7 +126,7 @@ def test_a_machine_path_or_a_registry_host_is_seen(line: str, tmp_path: Path) ->
 
 
 def test_paths_that_are_nobodys_are_let_through(tmp_path: Path) -> None:
-    text = "root: $QUIRE_DATA/mnist\nsee ~/.cache/quire, /proc/cpuinfo, ../work/x and https://example.org/home/x\n"
+    text = "root: $QUIRE_DATA/mnist\nsee ~/.cache/quire, /proc/cpuinfo, ../files/x and https://example.org/home/x\n"
     grow(tmp_path, {"README.md": text})
     assert rules.no_machine_paths(tmp_path, [tmp_path / "README.md"]) == []
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
@@ -62,9 +61,6 @@ class NGramStore(Part):
             ours, theirs = f"{self.vocab_size} ({self.fingerprint})", f"{vocab_size} ({fingerprint})"
             raise ConfigError(f"n-gram store was built for vocabulary {ours}, given {theirs}")
         self.vocab_size, self.fingerprint = vocab_size, fingerprint
-
-    def check(self, model: Any) -> None:
-        """As every part; the vocabulary is compared by ``need`` once the model is built."""
 
     def need(self, vocab_size: int, fingerprint: str | None) -> None:
         """Raise ``ConfigError`` unless the store was built for this vocabulary."""
