@@ -249,3 +249,19 @@ def test_ids_outside_the_vocabulary_are_refused() -> None:
 
 def test_the_contract_names_are_exported() -> None:
     assert issubclass(ViTEncoder, TokenEncoder)
+
+
+@pytest.mark.parametrize("key_bias", [True, False])
+def test_weights_start_as_asked(key_bias):
+    spec = Spec(image_size=[8, 8], channels=1)
+    for start, small in (("normal", True), ("xavier", False)):
+        torch.manual_seed(0)
+        encoder = ViTEncoder(patch=2, width=96, depth=1, heads=4, key_bias=key_bias, start=start)
+        encoder.build(spec)
+        block = encoder.blocks[0]
+        for weight in (block.mlp.fc1.weight, block.attn.qkv.weight):
+            assert (abs(weight.std().item() - 0.02) < 1e-3) is small
+        if not small:  # three matrices: uniform up to sqrt(6 / (96 + 96))
+            assert block.attn.qkv.weight.abs().max().item() == pytest.approx((6 / 192) ** 0.5, rel=0.01)
+    with pytest.raises(ConfigError, match="start='zeros'; it takes normal or xavier"):
+        ViTEncoder(start="zeros")

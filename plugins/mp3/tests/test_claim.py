@@ -59,7 +59,7 @@ def test_arms_share_their_pretraining_and_controls_have_none(tmp_path, monkeypat
     made = []
 
     def pretrain(masking, steps, seed, mnist, folder, start):
-        made.append((masking, steps, seed, len(start)))
+        made.append((masking, steps, seed, start))
         return folder / "no.ckpt", {PLACE: 37.0}
 
     monkeypatch.setattr(claim, "_pretrain", pretrain)
@@ -67,28 +67,11 @@ def test_arms_share_their_pretraining_and_controls_have_none(tmp_path, monkeypat
     monkeypatch.setattr(claim, "Pretrained", lambda path, freeze: None)
     asked = PretrainingHelps()
     found = {arm: asked.run(arm, settings, 0, False, tmp_path) for arm, settings in asked.arms.items()}
-    assert made == [(0.5, 700, 0, 1), (0.0, 700, 0, 1), (0.5, 700, 0, 0)]  # the last from Xavier's start
+    assert made == [(0.5, 700, 0, "normal"), (0.0, 700, 0, "normal"), (0.5, 700, 0, "xavier")]
     assert found[SCRATCH] == {TEST: 50.0}
     assert found[LATE_MP3] == {TEST: 50.0, PLACE: 37.0}
     asked.run(MP3, asked.arms[MP3], 1, True, tmp_path)
-    assert made[-1] == (0.5, 350, 1, 1)  # --quick halves the pretraining
-
-
-def test_a_small_start_is_drawn_once_and_spares_the_head(tmp_path):
-    import torch
-
-    torch.manual_seed(0)
-    model = claim.Model(
-        encoder=claim._encoder(False),
-        objective=claim.Classify(),
-        spec={"image_size": [8, 8], "channels": 1, "classes": 10},
-    )
-    model.configure_model()
-    head = model.objective.head.weight.clone()
-    claim.SmallStart().on_fit_start(None, model)
-    for block in model.encoder.blocks:
-        assert block.mlp.fc1.weight.std().item() == pytest.approx(0.02, abs=1e-3)
-    assert torch.equal(head, model.objective.head.weight)
+    assert made[-1] == (0.5, 350, 1, "normal")  # --quick halves the pretraining
 
 
 def test_one_arm_runs_in_silence_from_pretraining_to_the_test(tmp_path, capsys):

@@ -154,8 +154,9 @@ def make_blocks(
     key_bias: bool = True,
     layer_scale: float | None = None,
     drop_path: float = 0.0,
+    start: str = "xavier",
 ) -> nn.ModuleList:
-    """timm blocks; matrices start Xavier-uniform (q, k and v each as its own matrix), biases at 0.
+    """timm blocks whose matrices start by ``start_weights``, biases at 0.
 
     Raises:
         ConfigError: heads that don't divide the width.
@@ -177,13 +178,29 @@ def make_blocks(
         )
         if not key_bias:
             block.attn.qkv = KeylessBias(width)
-        for module in block.modules():
-            if isinstance(module, nn.Linear):
-                xavier(module)
-        for third in block.attn.qkv.weight.chunk(3):
-            nn.init.xavier_uniform_(third)
+        start_weights(block, start)
         blocks.append(block)
     return blocks
+
+
+def start_weights(module: nn.Module, start: str) -> None:
+    """Draw the start of every linear map in ``module``; biases at 0.
+
+    Args:
+        module: Anything that holds linear maps.
+        start: ``normal``, truncated and of deviation 0.02 (DeiT, BERT), or ``xavier``, uniform by each matrix's size
+            (MAE), where q, k and v are three matrices.
+    """
+    for name, part in module.named_modules():
+        if not isinstance(part, nn.Linear | KeylessBias):
+            continue
+        if start == "normal":
+            nn.init.trunc_normal_(part.weight, std=0.02)
+        else:
+            for matrix in part.weight.chunk(3) if name.endswith("qkv") else [part.weight]:
+                nn.init.xavier_uniform_(matrix)
+        if isinstance(part, nn.Linear) and part.bias is not None:
+            nn.init.zeros_(part.bias)
 
 
 def xavier(linear: nn.Linear) -> nn.Linear:

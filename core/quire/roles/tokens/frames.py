@@ -8,7 +8,6 @@ from torch import Tensor, nn
 
 from quire.contracts import Batch, Spec
 from quire.errors import ConfigError, DataError
-from quire.roles.tokens.blocks import xavier
 from quire.roles.tokens.contract import Layout, Segment
 from quire.roles.tokens.trunk import TrunkEncoder
 
@@ -31,6 +30,7 @@ class FrameEncoder(TrunkEncoder):
         layer_scale: Start of a learned factor on each residual branch; null for no factor.
         drop_path: Share of residual branches dropped in the last block, rising linearly from 0.
         final_norm: Whether a LayerNorm follows the last block.
+        start: Start of the weights: ``normal``, truncated and of deviation 0.02, or ``xavier``, uniform as in MAE.
 
     Returns:
         Tokens: values [B,T/stack,D].
@@ -55,9 +55,10 @@ class FrameEncoder(TrunkEncoder):
         layer_scale: float | None = None,
         drop_path: float = 0.0,
         final_norm: bool = True,
+        start: str = "normal",
     ) -> None:
         super().__init__(
-            width, depth, heads, mlp_ratio, class_token, positions, key_bias, layer_scale, drop_path, final_norm
+            width, depth, heads, mlp_ratio, class_token, positions, key_bias, layer_scale, drop_path, final_norm, start
         )
         if stack < 1:
             raise ConfigError(f"stack must be at least 1, got {stack}")
@@ -92,7 +93,7 @@ class FrameEncoder(TrunkEncoder):
     def make_stem(self, spec: Spec) -> nn.Module:
         """One linear map of a stack."""
         self.bands = int(spec.need("bands", self))
-        return xavier(nn.Linear(self.stack * self.bands, self.width))
+        return nn.Linear(self.stack * self.bands, self.width)
 
     def cut(self, batch: Batch) -> Tensor:
         """Stacks [B,T/stack,stack*F]."""

@@ -49,6 +49,7 @@ class TextEncoder(TrunkEncoder):
         layer_scale: Start of a learned factor on each residual branch; null for no factor.
         drop_path: Share of residual branches dropped in the last block, rising linearly from 0.
         final_norm: Whether a LayerNorm follows the last block.
+        start: Start of the weights: ``normal``, truncated and of deviation 0.02, or ``xavier``, uniform as in MAE.
 
     Returns:
         Tokens: values [B,T,D], mask [B,T].
@@ -77,9 +78,10 @@ class TextEncoder(TrunkEncoder):
         layer_scale: float | None = None,
         drop_path: float = 0.0,
         final_norm: bool = True,
+        start: str = "normal",
     ) -> None:
         super().__init__(
-            width, depth, heads, mlp_ratio, class_token, positions, key_bias, layer_scale, drop_path, final_norm
+            width, depth, heads, mlp_ratio, class_token, positions, key_bias, layer_scale, drop_path, final_norm, start
         )
         if positions == "rope" and (width // heads) % 2:
             raise ConfigError(f"rope needs heads of even width, got width={width} / heads={heads} = {width // heads}")

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from quire.contracts import Batch, Spec
 from quire.errors import ConfigError
-from quire.roles.tokens.blocks import Rotation, make_blocks, run_tokens
+from quire.roles.tokens.blocks import Rotation, make_blocks, run_tokens, start_weights
 from quire.roles.tokens.contract import POSITIONS, Subset, TokenEncoder, Tokens, gather, indices
 from quire.roles.tokens.positions import Positions, check_kind
 
@@ -28,6 +28,7 @@ class TrunkEncoder(TokenEncoder):
         layer_scale: Start of a learned factor on each residual branch; None for no factor.
         drop_path: Share of residual branches dropped in the last block, rising linearly from 0.
         final_norm: Whether a LayerNorm follows the last block.
+        start: Start of the linear maps' weights: ``normal`` (deviation 0.02) or ``xavier``.
     """
 
     capabilities = frozenset({"subset", "context", "features"})
@@ -45,11 +46,14 @@ class TrunkEncoder(TokenEncoder):
         layer_scale: float | None,
         drop_path: float,
         final_norm: bool,
+        start: str,
     ) -> None:
         super().__init__()
         if heads < 1 or width % heads:
             raise ConfigError(f"{type(self).__name__} has width={width}, not divisible by heads={heads}")
-        self.width, self.depth, self.heads, self.mlp_ratio = width, depth, heads, mlp_ratio
+        if start not in ("normal", "xavier"):
+            raise ConfigError(f"{type(self).__name__} has start={start!r}; it takes normal or xavier")
+        self.width, self.depth, self.heads, self.mlp_ratio, self.start = width, depth, heads, mlp_ratio, start
         self.positions = check_kind(positions, self.kinds)
         self.prefix_tokens = int(class_token)
         self.key_bias, self.layer_scale, self.drop_path, self.final_norm = key_bias, layer_scale, drop_path, final_norm
@@ -71,12 +75,20 @@ class TrunkEncoder(TokenEncoder):
         super().build(spec)
         layout = self.layout(spec)
         self.stem = self.make_stem(spec)
+        start_weights(self.stem, self.start)
         if self.positions in ("sincos", "learned"):
             self.places = Positions(self.positions, layout, self.width, self.table_std)
         if self.prefix_tokens:
             self.prefix = nn.ParameterList([nn.Parameter(torch.randn(self.prefix_tokens, self.width) * 0.02)])
         self.blocks = make_blocks(
-            self.width, self.depth, self.heads, self.mlp_ratio, self.key_bias, self.layer_scale, self.drop_path
+            self.width,
+            self.depth,
+            self.heads,
+            self.mlp_ratio,
+            self.key_bias,
+            self.layer_scale,
+            self.drop_path,
+            self.start,
         )
         self.norm = nn.LayerNorm(self.width, eps=1e-6) if self.final_norm else nn.Identity()
 

@@ -8,7 +8,6 @@ from torch import Tensor, nn
 
 from quire.contracts import Batch, Spec
 from quire.errors import DataError
-from quire.roles.tokens.blocks import xavier
 from quire.roles.tokens.contract import Layout, Segment
 from quire.roles.tokens.patches import pair, patch_grid, patchify
 from quire.roles.tokens.trunk import TrunkEncoder
@@ -19,7 +18,7 @@ class PatchStem(nn.Module):
 
     def __init__(self, values: int, width: int) -> None:
         super().__init__()
-        self.proj = xavier(nn.Linear(values, width))
+        self.proj = nn.Linear(values, width)
 
     def forward(self, patches: Tensor) -> Tensor:
         """[B,K,C*ph*pw] → [B,K,D]."""
@@ -43,6 +42,7 @@ class ViTEncoder(TrunkEncoder):
         layer_scale: Start of a learned factor on each residual branch; null for no factor.
         drop_path: Share of residual branches dropped in the last block, rising linearly from 0.
         final_norm: Whether a LayerNorm follows the last block.
+        start: Start of the weights: ``normal``, truncated and of deviation 0.02, or ``xavier``, uniform as in MAE.
 
     Returns:
         Tokens: values [B,N,D] (or the kept ones), prefix [B,0 or 1,D].
@@ -67,9 +67,10 @@ class ViTEncoder(TrunkEncoder):
         layer_scale: float | None = None,
         drop_path: float = 0.0,
         final_norm: bool = True,
+        start: str = "normal",
     ) -> None:
         super().__init__(
-            width, depth, heads, mlp_ratio, class_token, positions, key_bias, layer_scale, drop_path, final_norm
+            width, depth, heads, mlp_ratio, class_token, positions, key_bias, layer_scale, drop_path, final_norm, start
         )
         self.patch = pair(patch, "patch")
 

@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 import lightning.pytorch as pl
-from torch import nn
 
 from quire.checkpoint import Pretrained
 from quire.data import DataModule
@@ -80,15 +79,15 @@ class PretrainingHelps(Claim):
     def run(self, arm: str, settings: Mapping[str, Any], seed: int, quick: bool, folder: Path) -> dict[str, float]:
         """Pretrain if the arm does, fine-tune, test. Arms that differ later only share their pretraining."""
         mnist = settings.get("data") == "mnist"
-        start = [] if settings.get("start") == "xavier" else [SmallStart()]
+        start = settings.get("start", "normal")
         if settings["masking"] is None:
-            return _finetune(_encoder(mnist), settings, seed, mnist, folder, start)
+            return _finetune(_encoder(mnist, start), settings, seed, mnist, folder)
         steps = settings["pretraining"] // 2 if quick else settings["pretraining"]
-        key = (settings["masking"], steps, mnist, seed, bool(start))
+        key = (settings["masking"], steps, mnist, seed, start)
         if key not in self._pretrained:
             self._pretrained[key] = _pretrain(settings["masking"], steps, seed, mnist, folder, start)
         path, place = self._pretrained[key]
-        return {**_finetune(Pretrained(str(path), freeze=False), settings, seed, mnist, folder, []), **place}
+        return {**_finetune(Pretrained(str(path), freeze=False), settings, seed, mnist, folder), **place}
 
     # ---- what was claimed
     def bands(self, results: Results) -> list[Band]:
@@ -150,21 +149,9 @@ def _late(results: Results, arm: str, control: str) -> str:
 
 
 # ---- training
-class SmallStart(pl.Callback):
-    """Start the encoder's matrices from a normal of deviation 0.02, as DeiT does; the core starts with Xavier's rule.
-
-    From scratch on few labels that is worth more than ten points, so a control without it would be a straw man.
-    """
-
-    def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Draw them anew, before the first step."""
-        for module in pl_module.encoder.modules():  # type: ignore[operator, union-attr]
-            if isinstance(module, nn.Linear):
-                nn.init.trunc_normal_(module.weight, std=0.02)
-
-
-def _encoder(mnist: bool) -> ViTEncoder:
-    return ViTEncoder(patch=4 if mnist else 2, width=48, depth=3, heads=4, positions="none")
+def _encoder(mnist: bool, start: str) -> ViTEncoder:
+    """From scratch on few labels the normal start is worth over ten points: a control without it is a straw man."""
+    return ViTEncoder(patch=4 if mnist else 2, width=48, depth=3, heads=4, positions="none", start=start)
 
 
 def _data(mnist: bool, seed: int, labels: int | None = None) -> DataModule:
@@ -174,13 +161,13 @@ def _data(mnist: bool, seed: int, labels: int | None = None) -> DataModule:
 
 
 def _pretrain(
-    masking: float, steps: int, seed: int, mnist: bool, folder: Path, start: list[Any]
+    masking: float, steps: int, seed: int, mnist: bool, folder: Path, start: str
 ) -> tuple[Path, dict[str, float]]:
     pl.seed_everything(seed, verbose=False)
     objective = PositionPrediction(masking, pictures=0)
     metrics = [PositionAccuracy(), PositionAccuracy("nonconstant"), GridDistance()]
-    model = Model(encoder=_encoder(mnist), objective=objective, metrics=metrics)  # type: ignore[arg-type]
-    trainer, tested = _fit(model, _data(mnist, seed), steps, folder, start)
+    model = Model(encoder=_encoder(mnist, start), objective=objective, metrics=metrics)  # type: ignore[arg-type]
+    trainer, tested = _fit(model, _data(mnist, seed), steps, folder, [])
     trainer.save_checkpoint(folder / "pretrained.ckpt")
     return folder / "pretrained.ckpt", {
         PLACE: 100 * tested["test/PositionAccuracy"],
@@ -189,12 +176,10 @@ def _pretrain(
     }
 
 
-def _finetune(
-    encoder: Any, settings: Mapping[str, Any], seed: int, mnist: bool, folder: Path, start: list[Any]
-) -> dict[str, float]:
+def _finetune(encoder: Any, settings: Mapping[str, Any], seed: int, mnist: bool, folder: Path) -> dict[str, float]:
     pl.seed_everything(seed, verbose=False)
     model = Model(encoder=encoder, objective=Classify())
-    beside = [*start, AttachPositions()] if settings["positions"] else start
+    beside = [AttachPositions()] if settings["positions"] else []
     _, tested = _fit(model, _data(mnist, seed, settings.get("labels", 200)), settings["steps"], folder, beside)
     return {TEST: 100 * tested["test/accuracy"]}
 
