@@ -11,6 +11,8 @@ COMPONENTS: list[tuple[str, str, str | tuple[str, ...]]] = [
     ("checkpoint.Pretrained", "part", "pretrained"),
     ("schedule.WarmupCosine", "part", "schedule"),
     ("schedule.Constant", "part", "schedule"),
+    ("datasets.crops.RandomResizedCrop", "part", "transform"),
+    ("datasets.crops.RandomFlip", "part", "transform"),
     ("datasets.images.Digits", "data", ()),
     ("datasets.images.TorchvisionImages", "data", ()),
     ("datasets.folder.ImageFolder", "data", ()),
@@ -47,6 +49,9 @@ COMPONENTS: list[tuple[str, str, str | tuple[str, ...]]] = [
     ("roles.reconstruction.Reconstruction", "objective", ()),
     ("datasets.text.TextTokens", "data", ()),
     ("datasets.algorithmic.Algorithmic", "data", ()),
+    ("datasets.pairs.Pairs", "data", ()),
+    ("datasets.corrupted.CorruptedText", "data", ()),
+    ("datasets.corrupted.CopyEdits", "data", ()),
     ("roles.language.models.CausalLM", "decoder", "StepModel"),
     ("roles.language.models.Seq2SeqDecoder", "decoder", "StepModel"),
     ("roles.language.hf.HFCausal", "decoder", "StepModel"),
@@ -56,20 +61,42 @@ COMPONENTS: list[tuple[str, str, str | tuple[str, ...]]] = [
     ("roles.language.loop.Greedy", "sampler", ()),
     ("roles.language.loop.Sample", "sampler", ()),
     ("roles.language.loop.Speculative", "sampler", ()),
+    ("roles.language.beam.BeamSearch", "sampler", ()),
     ("roles.language.accept.Exact", "part", "acceptance"),
     ("roles.language.accept.SampleOnce", "part", "acceptance"),
     ("roles.language.metrics.AcceptanceStats", "metric", ()),
+    ("roles.language.bigram.BigramFloor", "callback", ()),
     ("roles.language.guard.SpeedGuard", "part", "guard"),
     ("roles.language.drafters.PromptCopy", "part", "drafter"),
     ("roles.language.drafters.Scripted", "part", "drafter"),
     ("roles.language.drafters.SmallModel", "part", "drafter"),
     ("roles.language.drafters.SelfDraft", "part", "drafter"),
     ("roles.language.drafters.DraftUnion", "part", "drafter"),
+    ("roles.language.ngrams.NGramStore", "part", "store"),
     ("roles.language.text.Bytes", "part", "tokenizer"),
     ("roles.language.text.BPE", "part", "tokenizer"),
     ("roles.language.text.Words", "part", "tokenizer"),
     ("roles.language.text.HFTokenizer", "part", "tokenizer"),
     ("roles.language.text.SentencePiece", "part", "tokenizer"),
+    ("datasets.activations.module.Activations", "data", ()),
+    ("datasets.activations.store_codes.StoreCodes", "callback", ()),
+    ("datasets.planted.PlantedFeatures", "data", ()),
+    ("roles.sparse.encoder.SparseEncoder", "encoder", "SparseEncoder"),
+    ("roles.sparse.decoder.SparseDecoder", "decoder", "SparseDecoder"),
+    ("roles.sparse.formats.dictionary.SparseDictionary", "encoder", "SparseEncoder"),
+    ("roles.sparse.objective.SparseReconstruction", "objective", ()),
+    ("roles.sparse.selectors.ReLU", "part", "selector"),
+    ("roles.sparse.selectors.TopK", "part", "selector"),
+    ("roles.sparse.selectors.BatchTopK", "part", "selector"),
+    ("roles.sparse.selectors.Matryoshka", "part", "selector"),
+    ("roles.sparse.jumprelu.JumpReLU", "part", "selector"),
+    ("roles.sparse.rows.UnitNormRows", "callback", ()),
+    ("roles.sparse.dead.DeadLatents", "callback", ()),
+    ("roles.sparse.resample.Resample", "callback", ()),
+    ("roles.sparse.bank.DictionaryBank", "objective", ()),
+    ("roles.sparse.bank.BankMember", "part", "dictionary"),
+    ("roles.sparse.coherence.DecoderCoherence", "metric", ()),
+    ("roles.sparse.coherence.PlantedRecovery", "metric", ()),
 ]
 
 
@@ -90,4 +117,6 @@ def quire_commands(register: Callable) -> None:
     register("matrix", "quire.commands.matrix", "which parts fit which")
     register("new", "quire.commands.new", "start a plugin of your own")
     register("reproduce", "quire.reproduce.main", "run a plugin's claim against its controls")
+    register("bench", "quire.bench.main", "measure a role's speed on this machine: quire bench language")
+    register("harvest", "quire.datasets.activations.harvest.main", "store what a subject holds at a site")
     register("probe", "quire.roles.probes.command.main", "judge a checkpoint's frozen encoder")

@@ -117,3 +117,14 @@ def test_a_trace_is_shown_on_request(small, monkeypatch):
     monkeypatch.setenv("QUIRE_TRACE", "1")
     with pytest.raises(Exception, match="no checkpoint"):
         execute(["fit", "-c", small, "--ckpt_path", "last"])
+
+
+def test_a_size_that_is_text_stays_text_on_its_way_to_the_model(small, monkeypatch):
+    from quire.datasets.images import Digits
+    from quire.model import Model
+
+    sizes, seen = Digits.sizes, []
+    monkeypatch.setattr(Digits, "sizes", lambda self: {**sizes(self), "tokenizer": "799368409360"})
+    monkeypatch.setattr(Model, "setup", lambda self, stage: seen.append(self.spec["tokenizer"]))
+    execute(["fit", "-c", small])
+    assert seen == ["799368409360"]  # not a number

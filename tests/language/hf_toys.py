@@ -51,6 +51,9 @@ CONFIGS = {
 }
 SEQ2SEQ = ("bart", "t5", "umt5")
 EAGER = ("bloom",)
+WHOLE = ("llama", "gpt2", "mistral", "qwen2", "bart", "t5")  # trees and ragged batches
+CHAINS = ("bloom", "umt5")
+CAUSAL = tuple(n for n in WHOLE if n not in SEQ2SEQ)
 
 
 def adapter(name, eos=EOS, cache="full"):
@@ -108,6 +111,12 @@ def reference(name, count=32, eos=EOS, lengths=LENGTHS):
 def new_tokens(generated):
     """The one continuation of each row."""
     return [row[0] for row in generated.tokens]
+
+
+def whole(model, codes, ids):
+    """Logits [T,V] of one pass without a cache."""
+    with torch.no_grad():
+        return model(codes, torch.tensor([ids]))[0]
 
 
 class ThreeChains(Drafter):

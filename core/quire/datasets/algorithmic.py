@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from quire.data import DataModule, Fields
-from quire.datasets.text import ragged
+from quire.datasets.pair_rows import CAUSAL_FIELDS, PAIR_FIELDS, pair_fields
 from quire.errors import ConfigError
 
 TASKS = ("copy", "reverse", "sort", "add", "repeat")
@@ -34,7 +34,7 @@ class Algorithmic(DataModule):
         ConfigError: an unknown task, or a length or number of samples below 1.
     """
 
-    fields = ("source", "source_mask", "tokens", "mask")
+    fields = PAIR_FIELDS
 
     def __init__(
         self,
@@ -56,7 +56,7 @@ class Algorithmic(DataModule):
             )
         self.train_length, self.test_length, self.samples, self.causal = train_length, test_length, samples, causal
         if causal:
-            self.fields = ("tokens", "mask", "prompt_length", "source_span")  # type: ignore[misc, assignment]
+            self.fields = CAUSAL_FIELDS  # type: ignore[misc, assignment]
 
     @classmethod
     def tiny(cls) -> dict[str, Any]:
@@ -109,14 +109,7 @@ class Algorithmic(DataModule):
             questions.append([*mark, *question])
             answers.append([BOS, *answer, EOS])
         wide, long = self._rows()
-        if not self.causal:
-            given, given_mask = ragged(questions, wide, PAD)
-            tokens, mask = ragged(answers, long, PAD)
-            return Fields(source=given, source_mask=given_mask, tokens=tokens, mask=mask)
-        tokens, mask = ragged([[*q, *a] for q, a in zip(questions, answers)], wide + long, PAD)
-        lengths = torch.tensor([len(q) for q in questions])
-        span = torch.stack([torch.zeros_like(lengths), lengths], 1)
-        return Fields(tokens=tokens, mask=mask, prompt_length=lengths + 1, source_span=span)
+        return Fields(**pair_fields(questions, answers, PAD, self.causal, wide, long))
 
 
 def solve(task: str, length: int, source: torch.Generator) -> tuple[list[int], list[int]]:

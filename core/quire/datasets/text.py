@@ -5,7 +5,7 @@ from __future__ import annotations
 import gzip
 import sysconfig
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -13,6 +13,8 @@ from torch import Tensor
 from quire.data import DataModule, Fields, expand
 from quire.errors import ConfigError, DataError
 from quire.roles.language.text import Bytes, Tokenizer
+
+Item = TypeVar("Item")
 
 
 class TextTokens(DataModule):
@@ -76,16 +78,7 @@ class TextTokens(DataModule):
 
     def sizes(self) -> dict[str, Any]:
         """vocab_size, length and the special ids."""
-        tok = self.tokenizer
-        return {
-            "vocab_size": tok.vocab_size,
-            "length": self.length,
-            "pad": tok.pad,
-            "bos": tok.bos,
-            "eos": tok.eos,
-            "mask_id": tok.mask,
-            "tokenizer": tok.fingerprint,
-        }
+        return token_sizes(self.tokenizer, self.length)
 
     def documents(self) -> dict[str, list[str]]:
         """Documents of each split: every k-th one by name is held out."""
@@ -96,9 +89,7 @@ class TextTokens(DataModule):
             if self.unit == "passage":
                 texts = [p.strip() for t in texts for p in t.split("\n\n") if p.strip()]
             texts = texts if len(texts) > 2 else pieces(texts)
-            every = max(2, round(1 / (1 - self.share)))
-            held = [t for i, t in enumerate(texts) if i % every == every - 1]
-            train = [t for i, t in enumerate(texts) if i % every != every - 1]
+            train, held = held_out(texts, self.share)
             self._documents = {"train": train, "val": held[::2], "test": held[1::2] or held}
         return self._documents
 
@@ -129,6 +120,26 @@ class TextTokens(DataModule):
             words = [tok.words(row) for row in tokens.tolist()]
             fields["word_ids"] = torch.tensor(words).masked_fill(special | ~mask, -1)
         return Fields(**fields)
+
+
+def token_sizes(tok: Tokenizer, length: int) -> dict[str, Any]:
+    """What a text module says of itself: vocabulary, length of a row, special ids and the tokenizer's fingerprint."""
+    return {
+        "vocab_size": tok.vocab_size,
+        "length": length,
+        "pad": tok.pad,
+        "bos": tok.bos,
+        "eos": tok.eos,
+        "mask_id": tok.mask,
+        "tokenizer": tok.fingerprint,
+    }
+
+
+def held_out(items: list[Item], share: float) -> tuple[list[Item], list[Item]]:
+    """(train, held): every k-th item is held out, so that about ``share`` of them train."""
+    every = max(2, round(1 / (1 - share)))
+    train = [t for i, t in enumerate(items) if i % every != every - 1]
+    return train, items[every - 1 :: every]
 
 
 def ragged(rows: list[list[int]], length: int, pad: int) -> tuple[Tensor, Tensor]:

@@ -8,16 +8,21 @@ from torch.nn.functional import gelu, scaled_dot_product_attention, silu
 
 
 class Cache:
-    """Keys and values of one layer: [B,H,S,Dh], row b's token s in slot s. Doubled when full."""
+    """Keys and values of one layer: [B,H,S,Dh], row b's token s in slot s. Doubled when full.
+
+    The first write makes the slots, so a layer that never runs holds none.
+    """
 
     def __init__(self, batch: int, heads: int, slots: int, width: int, like: Tensor) -> None:
-        self.keys = like.new_zeros(batch, heads, slots, width)
-        self.values = like.new_zeros(batch, heads, slots, width)
+        self.keys = like.new_zeros(batch, heads, 0, width)
+        self.values = like.new_zeros(batch, heads, 0, width)
+        self.room = slots
 
     def grow(self, slots: int) -> None:
         """Make room for ``slots`` slots."""
         have = self.keys.shape[2]
-        if slots > have:
+        self.room = max(self.room, slots)
+        if slots > have > 0:
             more = max(slots, 2 * have) - have
             for name in ("keys", "values"):
                 old = getattr(self, name)
@@ -25,6 +30,10 @@ class Cache:
 
     def write(self, keys: Tensor, values: Tensor, where: int | Tensor) -> None:
         """Put Q new slots [B,H,Q,Dh] from one common slot on, or at slots [B,Q]."""
+        if not self.keys.shape[2]:
+            batch, heads, _, width = self.keys.shape
+            self.keys = self.keys.new_zeros(batch, heads, self.room, width)
+            self.values = self.values.new_zeros(batch, heads, self.room, width)
         if isinstance(where, int):
             self.keys[:, :, where : where + keys.shape[2]] = keys
             self.values[:, :, where : where + keys.shape[2]] = values
@@ -35,6 +44,8 @@ class Cache:
 
     def move(self, source: Tensor, target: Tensor) -> None:
         """Copy slots ``source`` [B,Q] to ``target`` [B,Q], row by row."""
+        if not self.keys.shape[2]:
+            return
         row = torch.arange(len(source), device=source.device)[:, None]
         self.keys[row, :, target] = self.keys[row, :, source]
         self.values[row, :, target] = self.values[row, :, source]
@@ -52,7 +63,12 @@ class Cache:
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """Rotary positions on [B,H,T,Dh]; ``cos`` and ``sin`` are [B or 1,1,T,Dh/2]."""
     a, b = x.chunk(2, -1)
-    return torch.cat([a * cos - b * sin, a * sin + b * cos], -1)
+    return torch.cat([torch.addcmul(a * cos, b, sin, value=-1), torch.addcmul(a * sin, b, cos)], -1)
+
+
+def dropout_of(rate: float) -> nn.Module:
+    """Dropout, or nothing at all at rate 0: a call that does nothing costs as much as a small kernel."""
+    return nn.Dropout(rate) if rate else nn.Identity()
 
 
 def norm_of(kind: str, width: int) -> nn.Module:
@@ -107,7 +123,7 @@ class MLP(nn.Module):
         self.kind = kind
         self.up = nn.Linear(width, hidden if kind == "gelu" else 2 * hidden)
         self.down = nn.Linear(hidden, width)
-        self.drop = nn.Dropout(dropout)
+        self.drop = dropout_of(dropout)
 
     def forward(self, x: Tensor) -> Tensor:
         """[…,D] → […,D]."""
@@ -130,7 +146,7 @@ class Block(nn.Module):
         self.cross = Attention(width, heads, qk_norm, dropout) if cross else None
         self.norm_mlp = norm_of(norm, width) if mlp != "none" else None
         self.mlp = MLP(width, hidden, mlp, dropout) if mlp != "none" else None
-        self.drop = nn.Dropout(dropout)
+        self.drop = dropout_of(dropout)
 
     def forward(self, x: Tensor, seen: Seen, source: Source | None = None, cache: Cache | None = None) -> Tensor:
         """One layer on [B,T,D]; with a cache, T new slots behind those it holds."""

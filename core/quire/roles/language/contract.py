@@ -126,6 +126,13 @@ class StepModel(Decoder):
         """A cheaper pass through the same weights, for self-drafting: ``layers=n``, ``steps=n`` or ``routed=True``."""
         raise ConfigError(f"{type(self).__name__} has no shallow pass by {', '.join(how) or 'nothing'}")
 
+    def without_condition(self, codes: Codes | None, rows: int) -> Codes | None:
+        """What ``open`` takes in place of ``codes`` [rows] for no condition, for guidance."""
+        raise ConfigError(
+            f"Sample.cfg needs a model with a null class: {type(self).__name__} has none; train CausalLM with"
+            " prefix_classes and NextToken.class_dropout, or give Sample.unconditional"
+        )
+
     def embed(self, ids: Tensor) -> Tensor:
         """[…] int64 → […,D] input embeddings, with the module's own scale."""
         raise NotImplementedError
@@ -244,6 +251,7 @@ class Generated:
         scores: The same shape, one number each (higher is better), or empty.
         finish: The same shape: ``eos``, ``length``, ``stop`` or ``error``.
         stats: Counts and times of the batch.
+        row_stats: B counts of one row each, times left out; empty where rows are not counted apart.
     """
 
     index: list[int]
@@ -251,6 +259,7 @@ class Generated:
     scores: list[list[float]]
     finish: list[list[str]]
     stats: Stats
+    row_stats: list[Stats] = field(default_factory=list)
 
     def __len__(self) -> int:
         return len(self.tokens)

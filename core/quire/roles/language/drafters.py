@@ -11,6 +11,8 @@ from quire.contracts import Decoder
 from quire.errors import ConfigError
 from quire.roles.language.accept import tiny_speculative
 from quire.roles.language.contract import DecodeState, Draft, Drafter, StepModel, device_of
+from quire.roles.language.corpus import count_into
+from quire.roles.language.ngrams import NGramStore
 from quire.roles.language.rows import select
 
 
@@ -21,18 +23,23 @@ class PromptCopy(Drafter):
         ngram: Longest match tried; shorter ones follow, down to 1.
         tokens: Most tokens proposed.
         match: ``first`` takes the leftmost match, ``latest`` the one nearest to the end.
+        corpus: Counts to follow, likeliest token by token, where the context holds no match; a store without a file
+            counts the run's training tokens first.
 
     Raises:
-        ConfigError: an argument below 1, or an unknown ``match``.
+        ConfigError: an argument below 1, an unknown ``match``, or a corpus of another vocabulary or tokenizer.
     """
 
-    def __init__(self, ngram: int = 3, tokens: int = 10, match: str = "first") -> None:
+    def __init__(
+        self, ngram: int = 3, tokens: int = 10, match: str = "first", corpus: NGramStore | None = None
+    ) -> None:
         super().__init__()
         if ngram < 1 or tokens < 1:
             raise ConfigError(f"PromptCopy needs ngram and tokens of at least 1, got {ngram} and {tokens}")
         if match not in ("first", "latest"):
             raise ConfigError(f"PromptCopy.match is first or latest, got {match!r}")
-        self.ngram, self.tokens, self.match = ngram, tokens, match
+        self.ngram, self.tokens, self.match, self.corpus = ngram, tokens, match, corpus
+        self._whole: Any = None
         self._places: dict[int, dict[tuple[int, ...], list[int]]] = {}
         self._seen: dict[int, int] = {}
 
@@ -42,8 +49,23 @@ class PromptCopy(Drafter):
         return tiny_speculative({})
 
     def begin(self, model: StepModel, prompts: list[list[int]], sources: list[list[int]] | None) -> None:
-        """Forget earlier rows."""
+        """Forget earlier rows; see that the corpus is counted and of this vocabulary."""
         self._places, self._seen = {}, {}
+        if self.corpus is not None:
+            source, spec = getattr(self._whole, "datamodule", None), getattr(self._whole, "spec", None) or {}
+            if not self.corpus.vocab_size:
+                if source is None:
+                    raise ConfigError(
+                        "PromptCopy.corpus is an empty store and there is no data module to count: give"
+                        " NGramStore.path, or run under a Trainer with data"
+                    )
+                count_into(self.corpus, source)
+            self.corpus.need(spec.get("vocab_size") or model.caps().vocab_size, spec.get("tokenizer"))
+
+    def bind(self, model: Any) -> None:
+        """Keep the model, whose data may be the corpus."""
+        super().bind(model)
+        self.refer("_whole", model)
 
     def propose(self, row: int, context: list[int], budget: int) -> Draft | None:
         """What followed the longest match; None when nothing matches."""
@@ -55,7 +77,14 @@ class PromptCopy(Drafter):
                 copied = context[ends[-1] : ends[-1] + min(self.tokens, budget)]
                 if copied:
                     return Draft.chain(copied)
-        return None
+        return None if self.corpus is None else self._follow(self.corpus, context, min(self.tokens, budget))
+
+    def _follow(self, corpus: NGramStore, context: list[int], most: int) -> Draft | None:
+        reach = corpus.orders[-1]
+        path, made = context[-reach:], 0
+        while made < most and (token := corpus.likeliest(path[-reach:])) is not None:
+            path, made = [*path, token], made + 1
+        return Draft.chain(path[-made:]) if made else None
 
     def _index(self, row: int, context: list[int]) -> dict[tuple[int, ...], list[int]]:
         places = self._places.setdefault(row, {})
@@ -236,6 +265,7 @@ class DraftUnion(Drafter):
         for drafter in self._each():
             drafter.refer("codes", self.codes)
             drafter.begin(model, prompts, sources)
+        self.drafter_forwards = sum(d.drafter_forwards for d in self._each())
 
     def propose(self, row: int, context: list[int], budget: int) -> Draft | None:
         """The merged tree, cut to the budget."""

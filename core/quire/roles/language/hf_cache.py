@@ -18,12 +18,14 @@ class Aim:
         where: First slot to write, common to all rows, or slots [B,Q].
         length: Slots held by the longest row; what the model is told, whichever layers it runs.
         room: Slots made when a layer first writes.
+        changed: Whether a layer has changed its size since the memory was last counted.
     """
 
     def __init__(self, room: int) -> None:
         self.where: int | Tensor = 0
         self.length = 0
         self.room = room
+        self.changed = True
 
 
 class SlotLayer(DynamicLayer):
@@ -55,7 +57,7 @@ class SlotLayer(DynamicLayer):
         else:
             more = max(slots, 2 * self.held[0].shape[2]) - self.held[0].shape[2]
             self.held = [torch.cat([t, t.new_zeros(*t.shape[:2], more, t.shape[3])], 2) for t in self.held]
-        self.is_initialized = True
+        self.is_initialized = self.aim.changed = True
 
     def move(self, source: Tensor, target: Tensor) -> None:
         """Copy slots ``source`` [B,Q] to ``target`` [B,Q], row by row."""
@@ -65,6 +67,7 @@ class SlotLayer(DynamicLayer):
     def select(self, order: Tensor) -> None:
         """Select rows."""
         self.held = [held[order] for held in self.held]
+        self.aim.changed = True
 
     def get_seq_length(self) -> int:
         """The common length, so that a model that asks a layer that never ran is told the truth."""
@@ -85,7 +88,7 @@ class SlotStore:
     """
 
     def __init__(self, config: Any, room: int, crosses: bool) -> None:
-        self.aim = Aim(room)
+        self.aim, self._bytes = Aim(room), 0
         own = DynamicCache(config=config)
         self.layers = [SlotLayer(self.aim) for _ in own.layers]
         made = iter(self.layers)
@@ -122,8 +125,11 @@ class SlotStore:
     @property
     def bytes(self) -> int:
         """Memory held."""
-        own = sum(t.numel() * t.element_size() for layer in self.layers for t in layer.held)
-        return own + (0 if self.cross is None else _bytes(self.cross.layers))
+        if self.aim.changed:
+            own = sum(t.numel() * t.element_size() for layer in self.layers for t in layer.held)
+            self._bytes = own + (0 if self.cross is None else _bytes(self.cross.layers))
+            self.aim.changed = False
+        return self._bytes
 
 
 class WindowStore:

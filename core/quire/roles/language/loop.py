@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import math
 import time
 from collections.abc import Callable, Generator, Iterator
 from typing import Any
@@ -26,7 +27,18 @@ from quire.roles.language.contract import (
     device_of,
 )
 from quire.roles.language.guard import SpeedGuard
-from quire.roles.language.rows import Row, padded, prompts_of, rows_of, select, slots, sources_of
+from quire.roles.language.guidance import Guided, check_guidance
+from quire.roles.language.rows import (
+    Row,
+    decoder_of,
+    limit_of,
+    padded,
+    predictions,
+    prompts_of,
+    select,
+    slots,
+    sources_of,
+)
 from quire.roles.language.stats import Stats
 from quire.roles.language.stop import StopRule
 
@@ -96,13 +108,8 @@ class Speculative(Sampler):
                 return end.value
 
     def finish(self, model: Any, results: list[Any]) -> Any:
-        """One row a continuation, and the summed statistics last."""
-        decode = getattr(getattr(model, "tokenizer", None), "decode", None)
-        rows = [row for result in results for row in rows_of(result, decode)]
-        total = Stats()
-        for result in results:
-            total = total.merge(result.stats)
-        return [*rows, {"stats": total.to_dict()}]
+        """One row a prompt, and the summed statistics last."""
+        return predictions(model, results)
 
     @torch.no_grad()  # on a generator torch restores the mode between yields
     def stream(self, model: Any, batch: Batch) -> Generator[tuple[int, list[int]], None, Generated]:
@@ -110,13 +117,11 @@ class Speculative(Sampler):
 
         The generator's return value is the ``Generated``.
         """
-        target: StepModel = model.decoder.role(StepModel)
+        target = self._view(model.decoder.role(StepModel))
         codes = codes_of(model, batch)
         prompts = prompts_of(batch, target.caps())
         sources = sources_of(batch)
-        decode = getattr(getattr(model, "tokenizer", None), "decode", None)
-        if self.strings and decode is None:
-            raise ConfigError("sampler.stop needs a tokenizer: use a text data module, or end by token")
+        decode = decoder_of(model, self.strings)
         index = batch["index"].tolist() if "index" in batch else list(range(len(prompts)))
         if self.drafter is not None:
             self.drafter.refer("codes", codes)
@@ -132,29 +137,30 @@ class Speculative(Sampler):
             whole = whole.merge(stats)
             rows += made
         tokens = [[row.stop.emitted] for row in rows]
-        return Generated(index, tokens, [], [[row.stop.reason or "length"] for row in rows], whole)
+        finish = [[row.stop.reason or "length"] for row in rows]
+        return Generated(index, tokens, [], finish, whole, [row.stats for row in rows])
 
     # ---- inside
+    def _view(self, target: StepModel) -> StepModel:
+        return target
+
     def _row(self, place: int, prompt: list[int], index: int, caps: Caps, decode: Callable | None) -> Row:
-        limit = self.max_new_tokens
-        most = min((n for n in (caps.positions_max, self.max_total) if n is not None), default=None)
-        if most is not None:
-            if len(prompt) >= most and limit:
-                raise ConfigError(f"prompt {place} has {len(prompt)} tokens; the model takes {most}")
-            limit = min(limit, most - len(prompt))
+        limit = limit_of(place, prompt, caps, self.max_new_tokens, self.max_total)
         rule = None if self.rule is None else functools.partial(self.rule, place)
         stop = StopRule(caps.eos_ids, limit, self.strings, decode, rule)
         return Row(place, prompt, stop, torch.Generator().manual_seed(mix(self.seed, index)))
 
     def _decode(self, target: StepModel, rows: list[Row], codes: Any) -> Generator[tuple[int, list[int]], None, Stats]:
-        stats = Stats(rows=len(rows))
+        stats = Stats()
         start = time.perf_counter()
         caps = target.caps()
         if all(r.stop.reason for r in rows):
-            return stats
+            return Stats(rows=len(rows))
+        drafter_before = self.drafter.drafter_forwards if self.drafter is not None else 0
         if self.guard is not None:
             self.guard.calibrate(target)
-        prompt, mask = padded([r.prompt for r in rows], caps.pad_id, device_of(target))
+        device = device_of(target)
+        prompt, mask = padded([r.prompt for r in rows], caps.pad_id, device)
         longest = max(len(r.prompt) + r.stop.limit for r in rows) + self.budget * (self.drafter is not None)
         if caps.positions_max is not None:
             longest = min(longest, caps.positions_max + self.budget)
@@ -164,22 +170,22 @@ class Speculative(Sampler):
         for i, row in enumerate(rows):
             row.pending = self.acceptance.first(self._processed(row, row.context, state.logits[i]), row.generator)
             taken = row.stop.feed([row.pending])
-            stats.new_tokens += len(taken)
+            row.stats.new_tokens += len(taken)
             stats.ttft_ms = stats.ttft_ms or 1e3 * (time.perf_counter() - start)
             yield row.place, taken
         alive = self._leave(target, state, rows)
         while alive:
             drafts = self._drafts(alive, state, caps, stats)
-            ids, parents, valid = slots(alive, drafts, device_of(target))
+            ids, parents, valid = slots(alive, drafts, device)
             before = time.perf_counter()
             logits = target.step(state, ids, parents=parents, valid=valid)
             stats.verify_ms += 1e3 * (time.perf_counter() - before)
-            stats.target_forwards += 1
-            stats.target_positions += ids.numel()
+            stats.target_forwards += int(state.extras.get("passes", 1))
+            stats.target_positions += int(state.extras.get("slots", ids.numel()))
             chosen = torch.full(ids.shape, -1, dtype=torch.long)
             events = []
             for i, (row, (nodes, bonus)) in enumerate(zip(alive, self._choices(alive, drafts, logits))):
-                events.append(self._emit(row, drafts[i], nodes, bonus, stats))
+                events.append(self._emit(row, drafts[i], nodes, bonus))
                 kept = [0, *(n + 1 for n in nodes)]
                 chosen[i, : len(kept)] = torch.tensor(kept)
             target.keep(state, chosen)
@@ -190,8 +196,9 @@ class Speculative(Sampler):
             yield from events
             alive = self._leave(target, state, alive)
         stats.decode_ms = 1e3 * (time.perf_counter() - begun)
-        stats.drafter_forwards = self.drafter.drafter_forwards if self.drafter is not None else 0
-        return stats
+        if self.drafter is not None:
+            stats.drafter_forwards = self.drafter.drafter_forwards - drafter_before
+        return functools.reduce(Stats.merge, (row.stats for row in rows), stats)
 
     def _drafts(self, alive: list[Row], state: DecodeState, caps: Caps, stats: Stats) -> list[Draft | None]:
         before = time.perf_counter()
@@ -205,7 +212,7 @@ class Speculative(Sampler):
             draft = None
             if self.drafter is not None and depth > 0 and allowed > 0:
                 draft = self.drafter.propose(row.place, row.context, allowed)
-                draft = draft.cut(depth, allowed) if draft is not None else None
+                draft = self._sound(draft, caps).cut(depth, allowed) if draft is not None else None
                 if draft is not None and not caps.tree_mask and draft.parents != list(range(-1, len(draft.tokens) - 1)):
                     why = caps.lacks.get("tree_mask", "the decoder has none: use a chain drafter")
                     raise ConfigError(f"Speculative with {type(self.drafter).__name__} needs tree_mask; {why}")
@@ -214,10 +221,19 @@ class Speculative(Sampler):
         stats.draft_ms += spent
         self._allowed, self._draft_ms = allowed, spent / len(alive)
         if self.drafter is not None:
-            plain = sum(d is None for d in drafts)
-            stats.fallback_steps += plain
-            stats.guard_off_steps += plain if allowed == 0 else 0
+            for row, made in zip(alive, drafts):
+                row.stats.fallback_steps += made is None
+                row.stats.guard_off_steps += made is None and allowed == 0
         return drafts
+
+    def _sound(self, draft: Draft, caps: Caps) -> Draft:
+        stray = next((t for t in draft.tokens if not 0 <= t < caps.vocab_size), None)
+        if stray is not None:
+            raise ConfigError(
+                f"{type(self.drafter).__name__} proposed the id {stray}; the model has {caps.vocab_size} tokens:"
+                " the drafter needs the model's tokenizer"
+            )
+        return draft
 
     def _choices(self, alive: list[Row], drafts: list[Draft | None], logits: Tensor) -> Iterator[tuple[list[int], int]]:
         empty = Draft([], [])
@@ -245,16 +261,16 @@ class Speculative(Sampler):
             logits = self.shape(row.place, prefix, logits)
         return logits
 
-    def _emit(self, row: Row, draft: Draft | None, nodes: list[int], bonus: int, stats: Stats) -> tuple[int, list[int]]:
+    def _emit(self, row: Row, draft: Draft | None, nodes: list[int], bonus: int) -> tuple[int, list[int]]:
         path = [draft.tokens[n] for n in nodes] if draft is not None else []
         context = row.context
         taken = row.stop.feed([*path, bonus])
-        stats.steps += 1
-        stats.new_tokens += len(taken)
-        stats.cut += len(path) + 1 - len(taken)
+        row.stats.steps += 1
+        row.stats.new_tokens += len(taken)
+        row.stats.cut += len(path) + 1 - len(taken)
         row.pending = bonus
         if draft is not None and self.drafter is not None:
-            stats.count(draft.depths(), len(nodes))
+            row.stats.count(draft.depths(), len(nodes))
             rejected = [t for i, t in enumerate(draft.tokens) if i not in set(nodes)]
             self.drafter.observe(row.place, context, [*path, bonus], rejected)
         elif self.drafter is not None:
@@ -306,6 +322,10 @@ class Sample(Speculative):
         temperature: Above 0.
         top_p: Nucleus, in (0, 1].
         top_k: Most tokens considered; 0 for all.
+        cfg: Guidance scale, at least 0: logits are u + cfg (c - u), c with the condition and u without it, before
+            temperature, top_k and top_p. 1 is the conditional model in one pass; else two passes a token.
+        cfg_interval: First and last (exclusive) number of the new tokens that are guided, from 0; null guides all.
+        unconditional: Ids of a prompt that stands for no condition; null uses the model's null class.
         max_new_tokens: Exact limit of each row.
         max_total: Limit of prompt and continuation together; null: the model's own.
         stop: Strings that end a row.
@@ -313,7 +333,7 @@ class Sample(Speculative):
         seed: A row's stream depends on it and on the row's index alone.
 
     Raises:
-        ConfigError: an argument out of range.
+        ConfigError: an argument out of range, or guidance of a model that has no null class.
     """
 
     def __init__(
@@ -326,9 +346,14 @@ class Sample(Speculative):
         stop: list[str] | None = None,
         processors: list[Part] | None = None,
         seed: int = 0,
+        cfg: float = 1.0,
+        cfg_interval: list[int] | None = None,
+        unconditional: list[int] | None = None,
     ) -> None:
         rule = SampleOnce(temperature, top_p, top_k)
         super().__init__(None, rule, None, 1, max_new_tokens, max_total, stop, processors, seed)
+        check_guidance(cfg, cfg_interval, unconditional)
+        self.cfg, self.cfg_interval, self.unconditional = float(cfg), cfg_interval, unconditional
 
     @classmethod
     def tiny(cls) -> dict[str, Any]:
@@ -336,3 +361,9 @@ class Sample(Speculative):
         run = tiny_speculative({})
         run["model"]["sampler"] = {"class_path": "Sample", "init_args": {"max_new_tokens": 8, "top_p": 0.9}}
         return run
+
+    def _view(self, target: StepModel) -> StepModel:
+        if self.cfg == 1:
+            return target
+        first, last = self.cfg_interval or (0, math.inf)
+        return Guided(target, self.cfg, (first, last), self.unconditional)

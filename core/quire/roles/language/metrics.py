@@ -16,8 +16,8 @@ from quire.roles.language.stats import Stats
 class AcceptanceStats(Metric):
     """Drafted tokens accepted per step of ``predict``, by depth and by prompt number.
 
-    ``compute`` is the mean over steps, the bonus token not counted; ``by_depth`` and ``curve`` say the rest. A prompt's
-    number is its place in the data, so a drafter that learns shows a rising curve.
+    ``compute`` is the mean over steps, the bonus token not counted; ``by_depth``, ``steps_by_depth`` and ``curve`` say
+    the rest. A prompt's number is its place in the data, so a drafter that learns shows a rising curve.
 
     Returns:
         Accepted tokens per step, 0 before any step.
@@ -41,20 +41,25 @@ class AcceptanceStats(Metric):
         run["model"]["metrics"] = ["AcceptanceStats"]
         return run
 
-    def update(self, stats: Stats, index: list[int]) -> None:
-        """Add one batch's statistics; ``index`` are its places in the data."""
+    def update(self, stats: Stats, index: list[int], rows: list[Stats] | None = None) -> None:
+        """Add one batch's statistics.
+
+        Args:
+            stats: Of the whole batch.
+            index: The rows' places in the data.
+            rows: Each row's own counts; without them the batch counts for its first prompt.
+        """
         self.accepted += stats.accepted
         self.steps += stats.steps
         self.total = self.total.merge(stats)
-        if index:
-            first = min(index)  # a batch's counts are one: with batches of one this is per prompt
-            accepted, steps = self.prompts.get(first, (0, 0))
-            self.prompts[first] = (accepted + stats.accepted, steps + stats.steps)
+        for number, row in zip(index, rows) if rows else [(min(index), stats)] if index else []:
+            accepted, steps = self.prompts.get(number, (0, 0))
+            self.prompts[number] = (accepted + row.accepted, steps + row.steps)
 
     def sampled(self, model: Any, batch: Batch, results: Any) -> None:
         """Read a language sampler's results; others have no such statistics."""
         if isinstance(results, Generated):
-            self.update(results.stats, list(results.index))
+            self.update(results.stats, list(results.index), results.row_stats)
 
     def compute(self) -> Tensor:
         """Accepted tokens per step."""
@@ -64,8 +69,12 @@ class AcceptanceStats(Metric):
         """Share of drafted nodes that stood, by depth from 1; of this process."""
         return self.total.per_depth_accept()
 
+    def steps_by_depth(self) -> dict[int, float]:
+        """Share of steps whose accepted path reached each depth, from 1; of this process."""
+        return self.total.per_step_accept()
+
     def curve(self) -> dict[int, float]:
-        """Accepted per step by number of the batch's first prompt, in order; of this process."""
+        """Accepted per step by the prompt's number, in order; of this process."""
         return {i: accepted / max(1, steps) for i, (accepted, steps) in sorted(self.prompts.items())}
 
     def reset(self) -> None:

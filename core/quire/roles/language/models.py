@@ -8,10 +8,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from quire.contracts import Codes, Spec
+from quire.contracts import Batch, Codes, Spec
 from quire.errors import ConfigError
-from quire.roles.language.blocks import Block, Cache, Seen, Source, norm_of
+from quire.roles.language.blocks import Block, Cache, Seen, Source, dropout_of, norm_of
 from quire.roles.language.contract import Caps, DecodeState, StepModel
+from quire.roles.language.guidance import ClassCodes
 from quire.roles.language.rows import left_aligned
 
 
@@ -31,7 +32,7 @@ class CausalLM(StepModel):
         qk_norm: Normalise queries and keys per head.
         window: A token sees this many tokens at most, itself included; null sees all.
         prefix_classes: Put a class embedding (one of this many, and a null class after them) in place of the first
-            token; the batch's ``label`` chooses it.
+            token; the batch's ``label`` chooses it, no label is the null class. True: as many as the data has.
 
     Returns:
         ``forward(codes, tokens [B,T], mask [B,T]) -> logits [B,T,V]``.
@@ -55,10 +56,12 @@ class CausalLM(StepModel):
         mlp: str = "gelu",
         qk_norm: bool = False,
         window: int | None = None,
-        prefix_classes: int | None = None,
+        prefix_classes: bool | int | None = None,
     ) -> None:
         super().__init__()
         name = type(self).__name__
+        if prefix_classes and self.crosses:
+            raise ConfigError(f"{name} takes no prefix_classes: its condition is the source; use CausalLM")
         if depth < 1 or heads < 1 or width % heads or (rope and (width // heads) % 2):
             raise ConfigError(
                 f"{name} needs depth >= 1 and width divisible by heads, an even number each with rope;"
@@ -71,13 +74,8 @@ class CausalLM(StepModel):
         if window is not None and window < 1:
             raise ConfigError(f"{name}.window must be at least 1, got {window}")
         self.width, self.depth, self.heads, self.rope, self.tie, self.norm = width, depth, heads, rope, tie, norm
-        self.mlp, self.qk_norm, self.dropout, self.window, self.prefix_classes = (
-            mlp,
-            qk_norm,
-            dropout,
-            window,
-            prefix_classes,
-        )
+        self.mlp, self.qk_norm, self.dropout, self.window = mlp, qk_norm, dropout, window
+        self.prefix_classes = prefix_classes or None
         self.ffn = ffn or (-(-8 * width // 3 // 8) * 8 if mlp == "swiglu" else 4 * width)
 
     @classmethod
@@ -101,12 +99,14 @@ class CausalLM(StepModel):
         )
         self.token = nn.Embedding(vocab, self.width)
         self.place = None if self.rope else nn.Embedding(spec.need("length", self), self.width)
+        if (n := self.prefix_classes) is not None:
+            self.prefix_classes = int(spec.agree("classes", None if n is True else n, self))
         self.classes = None if self.prefix_classes is None else nn.Embedding(self.prefix_classes + 1, self.width)
         shape = (self.width, self.heads, self.ffn, self.norm, self.mlp, self.qk_norm, self.dropout, self.crosses)
         self.blocks = nn.ModuleList([Block(*shape) for _ in range(self.depth)])
         self.final = norm_of(self.norm, self.width)
         self.head = nn.Linear(self.width, vocab, bias=False)
-        self.drop = nn.Dropout(self.dropout)
+        self.drop = dropout_of(self.dropout)
         for module in self.modules():
             if isinstance(module, (nn.Linear, nn.Embedding)):
                 nn.init.normal_(module.weight, std=0.02)
@@ -131,6 +131,27 @@ class CausalLM(StepModel):
         """[…] → […,D]."""
         return self.token(ids)
 
+    def reads(self, stage: str) -> tuple[str, ...]:
+        """The label, where it is trained on classes."""
+        return ("label",) if self.prefix_classes and stage != "predict" else ()
+
+    def encode(self, batch: Batch) -> Codes | None:
+        """The batch's classes, for a model that takes them."""
+        return None if self.prefix_classes is None else ClassCodes.of(batch, int(self.prefix_classes))
+
+    def without_condition(self, codes: Codes | None, rows: int) -> Codes | None:
+        """The null class."""
+        if self.prefix_classes is None:
+            return super().without_condition(codes, rows)
+        return ClassCodes(torch.full((rows,), int(self.prefix_classes), device=self.token.weight.device))
+
+    def _classed(self, x: Tensor, label: Tensor | None) -> Tensor:
+        """[B,T,D] with the class in the first place, the null class where none is said."""
+        if self.classes is None:
+            return x
+        first = self.classes.weight[-1].expand(len(x), -1) if label is None else self.classes(label.to(x.device))
+        return torch.cat([first[:, None].to(x.dtype), x[:, 1:]], 1)
+
     # ---- training
     def forward(
         self,
@@ -147,7 +168,7 @@ class CausalLM(StepModel):
             tokens: [B,T] int64.
             mask: [B,T] bool, True = real; None: no padding.
             doc: [B,T] int64, attention stays within a document; None: one document a row.
-            label: [B] class ids for ``prefix_classes``.
+            label: [B] class ids for ``prefix_classes``; None: the null class.
         """
         return self.head(self.final(self.hidden(codes, tokens, mask, doc, label)))
 
@@ -161,9 +182,7 @@ class CausalLM(StepModel):
     ) -> Tensor:
         """[B,T,D] before the final norm."""
         length = tokens.shape[1]
-        x = self.embed(tokens)
-        if self.classes is not None and label is not None:
-            x = torch.cat([self.classes(label)[:, None], x[:, 1:]], 1)
+        x = self._classed(self.embed(tokens), label)
         places = torch.arange(length, device=tokens.device)[None]
         seen_mask = None
         if mask is not None or doc is not None or self.window is not None:
@@ -212,7 +231,7 @@ class CausalLM(StepModel):
         if most is not None and max(counts) > most:
             raise ConfigError(f"prompt {counts.index(max(counts))} has {max(counts)} tokens; the model takes {most}")
         length = prompt.shape[1]
-        x = self.embed(prompt)
+        x = self._classed(self.embed(prompt), getattr(codes, "label", None))
         room = max(max_length or 0, length + 1)
         head = self.width // self.heads
         caches = [Cache(len(prompt), self.heads, room, head, x) for _ in self.blocks]

@@ -60,6 +60,18 @@ class NextToken(Objective):
 
         return tiny_speculative({})
 
+    def check(self, model: Any) -> None:
+        """Dropped classes need classes."""
+        decoder = None if model.decoder is None else model.decoder.role(StepModel)
+        if self.class_dropout and not getattr(decoder, "prefix_classes", None):
+            raise ConfigError(
+                "NextToken.class_dropout needs a decoder with prefix_classes, CausalLM for one: set it to 0"
+            )
+
+    def reads(self, stage: str) -> tuple[str, ...]:
+        """Tokens, and the documents' numbers with ``doc_mask``."""
+        return (*self.fields, "doc") if self.doc_mask else self.fields
+
     def forward(self, model: Any, batch: Batch) -> Losses:
         """Score the batch's tokens."""
         decoder: StepModel = model.decoder.role(StepModel)

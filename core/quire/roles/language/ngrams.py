@@ -5,12 +5,17 @@ from __future__ import annotations
 import json
 from collections.abc import Iterable, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
 from quire.contracts import Part
 from quire.data import expand
 from quire.errors import ConfigError, DataError
+from quire.roles.language.accept import tiny_speculative
+
+Table = dict[str, np.ndarray]
+"""``contexts``, ``starts``, ``tokens`` and ``counts`` of one order."""
 
 
 class NGramStore(Part):
@@ -24,8 +29,14 @@ class NGramStore(Part):
         path: A file written by ``save``; null starts empty.
 
     Raises:
-        ConfigError: an order below 1, a missing or corrupt file, or a file without one of the orders.
+        ConfigError: an order below 1, a missing file, or a file without one of the orders. DataError: a damaged file.
     """
+
+    @classmethod
+    def tiny(cls) -> dict[str, Any]:
+        """Counts of the run's own training tokens, for prompt lookup."""
+        store = {"class_path": "NGramStore", "init_args": {"orders": [1, 2]}}
+        return tiny_speculative({}, {"class_path": "PromptCopy", "init_args": {"corpus": store}})
 
     def __init__(self, orders: list[int] | None = None, path: str | None = None) -> None:
         super().__init__()
@@ -33,7 +44,9 @@ class NGramStore(Part):
         if self.orders[0] < 1:
             raise ConfigError(f"NGramStore.orders must be at least 1, got {self.orders[0]}")
         self.vocab_size, self.fingerprint = 0, ""
-        self.tables: dict[int, dict[str, np.ndarray]] = {n: _empty(n) for n in self.orders}
+        self.tables: dict[int, Table] = {n: _empty(n) for n in self.orders}
+        self._keyed: dict[int, tuple[Table, np.ndarray]] = {}  # sorted keys of a table, kept while it is the same one
+        self._file = ""
         if path is not None:
             self.read(path)
 
@@ -66,8 +79,9 @@ class NGramStore(Part):
         """Raise ``ConfigError`` unless the store was built for this vocabulary."""
         other = fingerprint and self.fingerprint and fingerprint != self.fingerprint
         if self.vocab_size != vocab_size or other:
+            where = self._file and f"{self._file}: "
             raise ConfigError(
-                f"n-gram store was built for vocabulary {self.vocab_size} ({self.fingerprint}), the model has"
+                f"{where}n-gram store was built for vocabulary {self.vocab_size} ({self.fingerprint}), the model has"
                 f" {vocab_size} ({fingerprint})"
             )
 
@@ -78,7 +92,7 @@ class NGramStore(Part):
         rows = len(table["contexts"])
         if not rows:
             return np.full(len(contexts), -1)
-        keys, wanted = _keys(table["contexts"]), _keys(np.ascontiguousarray(contexts, dtype=np.int32))
+        keys, wanted = self._keys(order), _keys(np.ascontiguousarray(contexts, dtype=np.int32))
         place = np.searchsorted(keys, wanted)
         hit = keys[np.minimum(place, rows - 1)] == wanted
         return np.where(hit, np.minimum(place, rows - 1), -1)
@@ -89,6 +103,21 @@ class NGramStore(Part):
         table = self.tables[order]
         span = slice(0, 0) if row < 0 else slice(int(table["starts"][row]), int(table["starts"][row + 1]))
         return table["tokens"][span], table["counts"][span]
+
+    def likeliest(self, context: Sequence[int]) -> int | None:
+        """The commonest token behind the longest known end of ``context``; of equal ones the lowest id."""
+        for order in reversed(self.orders):
+            if len(context) >= order:
+                tokens, counts = self.successors(order, context[-order:])
+                if len(tokens):
+                    return int(tokens[counts.argmax()])
+        return None
+
+    def _keys(self, order: int) -> np.ndarray:
+        table = self.tables[order]
+        if order not in self._keyed or self._keyed[order][0] is not table:
+            self._keyed[order] = (table, _keys(table["contexts"]))
+        return self._keyed[order][1]
 
     def __len__(self) -> int:
         return sum(len(t["tokens"]) for t in self.tables.values())
@@ -102,31 +131,60 @@ class NGramStore(Part):
         target.parent.mkdir(parents=True, exist_ok=True)
         header = {"orders": self.orders, "vocab_size": self.vocab_size, "fingerprint": self.fingerprint}
         tensors = {f"{n}.{k}": np.ascontiguousarray(v) for n, t in self.tables.items() for k, v in t.items()}
+        for n in self.orders:  # the bytes that bisection compares, so that a mapped store reads a few pages only
+            keys = self._keys(n)
+            tensors[f"{n}.keys"] = keys.view(np.uint8).reshape(len(keys), keys.itemsize)
         partial = target.with_suffix(target.suffix + ".part")
         save_file(tensors, str(partial), metadata={"quire": json.dumps(header)})
         partial.replace(target)
         return target
 
     def read(self, path: str | Path) -> None:
-        """Map a file written by ``save``; nothing is unpickled."""
+        """Map a file written by ``save``: pages are read as they are looked up, and nothing is unpickled."""
         from safetensors import SafetensorError, safe_open
 
         file = expand(path)
         if not file.is_file():
             raise ConfigError(f"no n-gram store at {file}")
         try:
-            with safe_open(str(file), framework="numpy") as handle:
+            with safe_open(str(file), framework="numpy") as handle:  # checks the header against the file's size
                 header = json.loads((handle.metadata() or {})["quire"])
-                missing = [n for n in self.orders if n not in header["orders"]]
-                if missing:
-                    raise ConfigError(f"{file} has no order {missing[0]}; it has {header['orders']}")
-                self.tables = {n: {k: handle.get_tensor(f"{n}.{k}") for k in _empty(n)} for n in self.orders}
-        except (SafetensorError, KeyError, json.JSONDecodeError) as error:
-            raise DataError(f"{file} is not an n-gram store, or is damaged") from error
-        self.vocab_size, self.fingerprint = header["vocab_size"], header["fingerprint"]
+            orders, vocab, fingerprint = header["orders"], int(header["vocab_size"]), str(header["fingerprint"])
+            missing = [n for n in self.orders if n not in orders]
+            if missing:
+                raise ConfigError(f"{file} has no order {missing[0]}; it has {orders}: count it again with this order")
+            arrays = _mapped(file)
+            self.tables = {n: {k: arrays[f"{n}.{k}"] for k in _empty(n)} for n in self.orders}
+            self._keyed = {}
+            for n, table in self.tables.items():
+                rows, starts = len(table["contexts"]), table["starts"]
+                if len(starts) != rows + 1 or not int(starts[-1]) == len(table["tokens"]) == len(table["counts"]):
+                    raise ValueError(f"order {n}")
+                if f"{n}.keys" in arrays:
+                    width = np.int64 if n == 1 else f"S{4 * n}"
+                    self._keyed[n] = (table, arrays[f"{n}.keys"].reshape(-1).view(width)[:rows])
+        except ConfigError:
+            raise
+        except (SafetensorError, KeyError, ValueError, TypeError) as error:
+            raise DataError(f"{file} is not an n-gram store, or is damaged: count it again") from error
+        self.vocab_size, self.fingerprint, self._file = vocab, fingerprint, str(file)
 
 
-def _empty(order: int) -> dict[str, np.ndarray]:
+def _mapped(file: Path) -> dict[str, np.ndarray]:
+    """Arrays of a safetensors file, mapped into memory: safetensors itself copies each one."""
+    with file.open("rb") as handle:
+        size = int.from_bytes(handle.read(8), "little")
+        header = json.loads(handle.read(size))
+    kinds, arrays = {"I32": np.int32, "I64": np.int64, "U8": np.uint8}, {}
+    for name, said in header.items():
+        if name != "__metadata__":
+            kind, shape, (start, end) = kinds[said["dtype"]], tuple(said["shape"]), said["data_offsets"]
+            empty = start == end  # nothing to map
+            arrays[name] = np.zeros(shape, kind) if empty else np.memmap(file, kind, "r", 8 + size + start, shape)
+    return arrays
+
+
+def _empty(order: int) -> Table:
     return {
         "contexts": np.zeros((0, order), dtype=np.int32),
         "starts": np.zeros(1, dtype=np.int64),
@@ -141,7 +199,7 @@ def _keys(contexts: np.ndarray) -> np.ndarray:
     return big.view(f"S{4 * contexts.shape[1]}").ravel() if contexts.shape[1] > 1 else big.ravel().astype(np.int64)
 
 
-def _table(grams: np.ndarray, weights: np.ndarray) -> dict[str, np.ndarray]:
+def _table(grams: np.ndarray, weights: np.ndarray) -> Table:
     """Sorted distinct contexts with their successors' summed weights, from [G,n+1] grams."""
     order = np.lexsort(grams.T[::-1])
     grams, weights = grams[order], weights[order]
@@ -161,13 +219,13 @@ def _table(grams: np.ndarray, weights: np.ndarray) -> dict[str, np.ndarray]:
     }
 
 
-def _merge(a: dict[str, np.ndarray], b: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+def _merge(a: Table, b: Table) -> Table:
     if not len(a["tokens"]):
         return b
     if not len(b["tokens"]):
         return a
 
-    def grams(t: dict[str, np.ndarray]) -> np.ndarray:
+    def grams(t: Table) -> np.ndarray:
         repeated = np.repeat(t["contexts"], np.diff(t["starts"]), axis=0)
         return np.concatenate([repeated, t["tokens"][:, None]], 1).astype(np.int64)
 

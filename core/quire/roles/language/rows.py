@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -12,6 +13,7 @@ from torch import Tensor
 from quire.contracts import Batch
 from quire.errors import ConfigError
 from quire.roles.language.contract import Caps, Draft, Generated
+from quire.roles.language.stats import Stats
 from quire.roles.language.stop import StopRule
 
 
@@ -24,6 +26,7 @@ class Row:
     stop: StopRule
     generator: torch.Generator
     pending: int = 0
+    stats: Stats = dataclasses.field(default_factory=lambda: Stats(rows=1))
 
     @property
     def context(self) -> list[int]:
@@ -49,6 +52,24 @@ def prompts_of(batch: Batch, caps: Caps) -> list[list[int]]:
                 raise ConfigError(f"prompt {i} is empty and the tokenizer has no start token")
             row.append(caps.start_id)
     return rows
+
+
+def limit_of(place: int, prompt: list[int], caps: Caps, wanted: int, max_total: int | None = None) -> int:
+    """New tokens that a row may have. Raises ``ConfigError`` when its prompt fills the model already."""
+    most = min((n for n in (caps.positions_max, max_total) if n is not None), default=None)
+    if most is None:
+        return wanted
+    if len(prompt) >= most and wanted:
+        raise ConfigError(f"prompt {place} has {len(prompt)} tokens; the model takes {most}")
+    return min(wanted, most - len(prompt))
+
+
+def decoder_of(model: Any, stop: list[str]) -> Callable[[list[int]], str] | None:
+    """Ids → text by the model's tokenizer, None without one. Raises ``ConfigError`` when stop strings need one."""
+    decode: Callable[[list[int]], str] | None = getattr(getattr(model, "tokenizer", None), "decode", None)
+    if stop and decode is None:
+        raise ConfigError("sampler.stop needs a tokenizer: use a text data module, or end by token")
+    return decode
 
 
 def sources_of(batch: Batch) -> list[list[int]] | None:
@@ -130,6 +151,13 @@ def select(codes: Any, rows: list[int], total: int) -> Any:
         if isinstance(v := getattr(codes, f.name), Tensor) and v.ndim and len(v) == total
     }
     return dataclasses.replace(codes, **picked)
+
+
+def predictions(model: Any, results: list[Generated]) -> list[dict[str, Any]]:
+    """One row a prompt for a predictions file, and the summed statistics last."""
+    decode = getattr(getattr(model, "tokenizer", None), "decode", None)
+    total = functools.reduce(Stats.merge, (r.stats for r in results), Stats())
+    return [*(row for result in results for row in rows_of(result, decode)), {"stats": total.to_dict()}]
 
 
 def rows_of(result: Generated, decode: Callable[[list[int]], str] | None) -> list[dict[str, Any]]:

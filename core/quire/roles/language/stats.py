@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass, field
+import json
+from dataclasses import asdict, dataclass, field, fields
 from typing import Any
 
 
@@ -18,7 +19,7 @@ class Stats:
         drafter_forwards: Passes of models inside drafters.
         drafted: Nodes proposed; accepted: nodes that stood (the bonus token is not counted).
         accepted_hist: accepted per step → how often.
-        depth_drafted, depth_accepted: Per depth of node (from 1), for ``per_depth_accept``.
+        depth_drafted, depth_accepted: Per depth of node (from 1), for ``per_depth_accept`` and ``per_step_accept``.
         fallback_steps: Steps without a draft; guard_off_steps: of these, those the guard chose.
         rows_looped: Rows run one by one because the model has no ``batch``.
         layers_used: Sum over steps of layers run; 0 when the model does not route.
@@ -63,6 +64,10 @@ class Stats:
         """Share of drafted nodes that stood, by depth."""
         return {d: self.depth_accepted.get(d, 0) / n for d, n in sorted(self.depth_drafted.items())}
 
+    def per_step_accept(self) -> dict[int, float]:
+        """Share of steps whose accepted path reached each depth; the sum is what a step accepts on average."""
+        return {d: n / max(1, self.steps) for d, n in sorted(self.depth_accepted.items())}
+
     def count(self, drafted_depths: list[int], accepted: int) -> None:
         """Note one verified draft."""
         self.drafted += len(drafted_depths)
@@ -96,7 +101,21 @@ class Stats:
             "tpot_ms": self.tpot_ms,
             "layers_used_mean": self.layers_used_mean,
             "per_depth_accept": self.per_depth_accept(),
+            "per_step_accept": self.per_step_accept(),
         }
+
+    def to_json(self) -> str:
+        """One line; ``from_json`` reads it back."""
+        return json.dumps(self.to_dict())
+
+    @classmethod
+    def from_json(cls, text: str) -> Stats:
+        """What ``to_json`` wrote."""
+        given = json.loads(text)
+        own: dict[str, Any] = {f.name: given[f.name] for f in fields(cls) if f.name in given}
+        for name, value in own.items():
+            own[name] = {int(n): c for n, c in value.items()} if isinstance(value, dict) else value
+        return cls(**own)
 
     def table(self) -> str:
         """One line a figure."""

@@ -37,7 +37,7 @@ class StopRule:
                 break
             self.emitted.append(token)
             taken.append(token)
-            self.reason = self._judge(token)
+            self.reason = self.judge(self.emitted)
         return taken
 
     @property
@@ -45,13 +45,14 @@ class StopRule:
         """Tokens that may still come."""
         return 0 if self.reason else self.limit - len(self.emitted)
 
-    def _judge(self, token: int) -> str | None:
-        if token in self.eos:
+    def judge(self, emitted: list[int]) -> str | None:
+        """Why a continuation ends with its last token, or None; nothing is fed, so beams may ask for candidates."""
+        if emitted[-1] in self.eos:
             return "eos"
         if self.strings and self.decode is not None:
-            text = self.decode(self.emitted[-64:])  # a stop string is shorter than 64 tokens
+            text = self.decode(emitted[-64:])  # a stop string is shorter than 64 tokens
             if any(s in text for s in self.strings):
                 return "stop"
-        if self.rule is not None and self.rule(self.emitted):
+        if self.rule is not None and self.rule(emitted):
             return "stop"
-        return "length" if len(self.emitted) >= self.limit else None
+        return "length" if len(emitted) >= self.limit else None

@@ -9,43 +9,29 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from quire.contracts import Codes, Spec, build
+from quire.contracts import Codes, Spec
 from quire.errors import ConfigError
 from quire.roles.language.blocks import Source
 from quire.roles.language.contract import Caps, DecodeState, StepModel
 from quire.roles.language.models import tree
 from quire.roles.language.rows import left_aligned
 from quire_universal.block import KERNELS
-from quire_universal.encoder import offsets, turns
-from quire_universal.halting import Halting, Ponder
-from quire_universal.recurrence import Recurrence, check_shape
+from quire_universal.halting import Ponder
 from quire_universal.sight import Sight, StepCache
-from quire_universal.signals import Signals, check_signals
+from quire_universal.universal import Universal
 
 TAPS = max(KERNELS) - 1
 
 
-class UniversalDecoder(StepModel):
+class UniversalDecoder(Universal, StepModel):
     """One causal transformer block applied again and again; with an encoder it attends to its tokens.
 
     Dehghani et al. 2018. The cache has a set of slots for each step, since keys and values differ at every step. A
     position that stops early still fills its remaining steps' slots: a later token may run longer and look there.
 
     Args:
-        width: D, even with sinusoids, divisible by heads.
-        heads: Attention heads.
-        ffn: Hidden width of the transition.
-        steps: R, times the block runs; with ``halting`` its ``max_steps`` counts instead.
-        dropout: On sublayers and attention, in [0, 1).
-        norm: ``pre`` (and a final norm; the official code's) or ``post`` (the paper's).
-        transition: ``ffn``, or ``sepconv``: separable convolutions of kernels 3 and 5 over earlier tokens.
-        position: ``coordinate``, ``random_offset``, ``rope``, ``learned`` or ``none``, as in UniversalEncoder.
-        step_signal: ``learned``, one vector a step, or ``sinusoid``.
-        halting: When a position stops, ``ACT`` for one; null: all take R steps.
         tie: The head uses the embedding's weights.
-        layout: Of sinusoids: ``interleaved`` (paper) or ``halves`` (code).
-        max_offset: Largest random start, in tokens.
-        shared: False gives every step a block of its own: the plain transformer, as a control.
+        **kwargs: The recurrence's shape: arguments of ``Universal``.
 
     Returns:
         ``forward(codes, tokens [B,T], mask [B,T]) -> logits [B,T,V]``.
@@ -56,32 +42,9 @@ class UniversalDecoder(StepModel):
 
     longest: Tensor
 
-    def __init__(
-        self,
-        width: int = 512,
-        heads: int = 8,
-        ffn: int = 2048,
-        steps: int = 6,
-        dropout: float = 0.1,
-        norm: str = "pre",
-        transition: str = "ffn",
-        position: str = "coordinate",
-        step_signal: str = "learned",
-        halting: Halting | None = None,
-        tie: bool = True,
-        layout: str = "interleaved",
-        max_offset: int = 100,
-        shared: bool = True,
-    ) -> None:
-        super().__init__()
-        check_shape("UniversalDecoder", width, heads, ffn, steps, dropout, norm, transition, position)
-        check_signals("UniversalDecoder", width, position, step_signal, layout)
-        if max_offset < 0:
-            raise ConfigError(f"UniversalDecoder.max_offset must be at least 0, got {max_offset}")
-        self.width, self.heads, self.ffn, self.dropout, self.norm_kind = width, heads, ffn, dropout, norm
-        self.transition, self.position, self.step_signal, self.order = transition, position, step_signal, layout
-        self.max_offset, self.shared, self.tie, self.halting = max_offset, shared, tie, halting
-        self.steps = steps if halting is None else halting.max_steps
+    def __init__(self, tie: bool = True, **kwargs: Any) -> None:
+        super().__init__(**kwargs)
+        self.tie = tie
 
     @classmethod
     def tiny(cls) -> dict[str, Any]:
@@ -113,26 +76,16 @@ class UniversalDecoder(StepModel):
         given = (spec.get("codes") or {}).get("width")
         self.bridge: nn.Module = nn.Identity() if given in (None, self.width) else nn.Linear(given, self.width)
         self.crosses = given is not None
-        self.token = nn.Embedding(vocab, self.width)
-        nn.init.normal_(self.token.weight, std=self.width**-0.5)
-        signals = Signals(self.width, self.position, self.step_signal, self.order, self.steps, length)
-        shape = (self.width, self.heads, self.ffn, self.dropout, self.norm_kind, self.transition)
-        blocks = 1 if self.shared else self.steps
-        self.core = Recurrence(*shape, signals, causal=True, cross=self.crosses, blocks=blocks)
+        self.token = self.embedding(vocab)
+        self.core = self.recurrence(length, causal=True, cross=self.crosses)
         self.drop = nn.Dropout(self.dropout)
         self.head = nn.Linear(self.width, vocab, bias=False)
         nn.init.normal_(self.head.weight, std=self.width**-0.5)
         if self.tie:
             self.head.weight = self.token.weight
-        if self.halting is not None:
-            build(self.halting, Spec({**spec, "width": self.width}))
+        self.build_halting(spec)
         self.register_buffer("longest", torch.zeros((), dtype=torch.long))  # of the rows it was trained on
         self._known: int | None = None
-
-    def bind(self, model: Any) -> None:
-        """The model's generator draws offsets."""
-        super().bind(model)
-        self.refer("_source_of_chance", model.generator)
 
     def caps(self) -> Caps:
         """All capabilities."""
@@ -160,22 +113,20 @@ class UniversalDecoder(StepModel):
             places = (mask.long().cumsum(1) - 1).clamp(min=0)
             own = torch.eye(length, dtype=torch.bool, device=tokens.device)  # padding sees itself: no empty row
             seen = ((torch.ones_like(own).tril() & mask[:, None, :]) | own)[:, None]
-        generator = None
+        generator = self.chance(tokens.device)
         if self.training:
-            make = self.__dict__.get("_source_of_chance")
-            generator = None if make is None else make(tokens.device)
             self.longest.copy_(self.longest.clamp(min=length))
             self._known = None
         else:
             self._notice(length)
-        places = places + offsets(self, len(tokens), tokens.device, generator)
+        places = places + self.offsets(len(tokens), tokens.device, generator)
         x = self.drop(self.embed(tokens))
         sight = self._sight(places, x, mask=seen, causal=seen is None, real=mask)
         y, ponder = self.core(x, sight, self.steps, self.halting, self._source(codes), generator=generator)
         return self.head(self.core.norm(y)), ponder
 
     def _sight(self, places: Tensor, like: Tensor, **how: Any) -> Sight:
-        return Sight(places, turn=turns(self.position, places, self.width // self.heads, like), **how)
+        return Sight(places, turn=self.turns(places, like), **how)
 
     def _source(self, codes: Codes | None) -> Source | None:
         values, mask = getattr(codes, "values", None), getattr(codes, "mask", None)

@@ -8,14 +8,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from quire.contracts import Batch, Spec, build
+from quire.contracts import Batch, Spec
 from quire.errors import ConfigError, DataError
 from quire.roles.tokens.contract import Layout, Segment, Subset, TokenEncoder, Tokens, gather, indices
 from quire.roles.tokens.patches import pair, patch_grid, patchify
-from quire_universal.halting import Halting, Ponder
-from quire_universal.recurrence import Recurrence, check_shape
+from quire_universal.halting import Ponder
 from quire_universal.sight import Sight
-from quire_universal.signals import Signals, check_signals
+from quire_universal.universal import Universal
 
 
 @dataclass
@@ -40,28 +39,15 @@ class PonderedTokens(Tokens):
         return made
 
 
-class UniversalEncoder(TokenEncoder):
+class UniversalEncoder(Universal, TokenEncoder):
     """One transformer block applied again and again to all tokens, with positions and steps signalled each time.
 
     Dehghani et al. 2018. Reads ``source`` and ``source_mask`` where the batch has them, else ``tokens`` and ``mask``;
     with ``patch`` it reads ``image``.
 
     Args:
-        width: D, even with sinusoids, divisible by heads.
-        heads: Attention heads.
-        ffn: Hidden width of the transition.
-        steps: R, times the block runs; with ``halting`` its ``max_steps`` counts instead.
-        dropout: On sublayers and attention, in [0, 1).
-        norm: ``pre`` (and a final norm; the official code's) or ``post`` (the paper's).
-        transition: ``ffn``, or ``sepconv``: separable convolutions of kernels 3 and 5 over the tokens.
-        position: ``coordinate`` (sinusoids added at every step), ``random_offset`` (the same, from a random start in
-            training, from 0 otherwise), ``rope``, ``learned``, or ``none``.
-        step_signal: ``learned``, one vector a step, or ``sinusoid``.
-        halting: When a position stops, ``ACT`` for one; null: all take R steps.
-        layout: Of sinusoids: ``interleaved`` sines and cosines (paper) or ``halves`` (code).
-        max_offset: Largest random start, in tokens.
-        shared: False gives every step a block of its own: the plain transformer, as a control.
         patch: Side of an image patch in pixels; null reads token ids.
+        **kwargs: The recurrence's shape: arguments of ``Universal``.
 
     Returns:
         Tokens: values [B,T,D], mask [B,T]; with halting also ``ponder`` and ``steps`` [B,T].
@@ -74,34 +60,10 @@ class UniversalEncoder(TokenEncoder):
     fields = ("source|tokens",)
     capabilities = frozenset({"subset", "context", "features"})
 
-    def __init__(
-        self,
-        width: int = 512,
-        heads: int = 8,
-        ffn: int = 2048,
-        steps: int = 6,
-        dropout: float = 0.1,
-        norm: str = "pre",
-        transition: str = "ffn",
-        position: str = "coordinate",
-        step_signal: str = "learned",
-        halting: Halting | None = None,
-        layout: str = "interleaved",
-        max_offset: int = 100,
-        shared: bool = True,
-        patch: int | None = None,
-    ) -> None:
-        super().__init__()
-        check_shape("UniversalEncoder", width, heads, ffn, steps, dropout, norm, transition, position)
-        check_signals("UniversalEncoder", width, position, step_signal, layout)
-        if max_offset < 0:
-            raise ConfigError(f"UniversalEncoder.max_offset must be at least 0, got {max_offset}")
-        self.width, self.heads, self.ffn, self.dropout, self.norm_kind = width, heads, ffn, dropout, norm
-        self.transition, self.position, self.step_signal, self.order = transition, position, step_signal, layout
-        self.max_offset, self.shared, self.halting = max_offset, shared, halting
-        self.steps = steps if halting is None else halting.max_steps
+    def __init__(self, patch: int | None = None, **kwargs: Any) -> None:
+        super().__init__(**kwargs)
         self.patch = None if patch is None else pair(patch, "UniversalEncoder.patch")
-        self.positions = {"none": "none", "rope": "rope", "learned": "learned"}.get(position, "sincos")
+        self.positions = {"none": "none", "rope": "rope", "learned": "learned"}.get(self.position, "sincos")
         if self.patch is not None:
             self.fields = ("image",)  # type: ignore[misc]
 
@@ -132,21 +94,11 @@ class UniversalEncoder(TokenEncoder):
             self.stem = nn.Linear(int(spec.need("channels", self)) * self.patch[0] * self.patch[1], self.width)
         else:
             self.ids = int(spec.need("vocab_size", self))
-            self.stem = nn.Embedding(self.ids, self.width)
-            nn.init.normal_(self.stem.weight, std=self.width**-0.5)
+            self.stem = self.embedding(self.ids)
         self.length = length
-        signals = Signals(self.width, self.position, self.step_signal, self.order, self.steps, length)
-        blocks = 1 if self.shared else self.steps
-        shape = (self.width, self.heads, self.ffn, self.dropout, self.norm_kind, self.transition)
-        self.core = Recurrence(*shape, signals, causal=False, cross=False, blocks=blocks)
+        self.core = self.recurrence(length, causal=False, cross=False)
         self.drop = nn.Dropout(self.dropout)
-        if self.halting is not None:
-            build(self.halting, Spec({**spec, "width": self.width}))
-
-    def bind(self, model: Any) -> None:
-        """The model's generator draws offsets."""
-        super().bind(model)
-        self.refer("_source_of_chance", model.generator)
+        self.build_halting(spec)
 
     def sizes(self) -> dict[str, Any]:
         """As every token encoder, and ``vocab_size`` where it reads ids."""
@@ -246,37 +198,16 @@ class UniversalEncoder(TokenEncoder):
             chosen = torch.zeros(x.shape[:2], dtype=torch.bool, device=x.device)
             chosen = chosen.scatter(1, indices(context, x.shape[1], "context"), True)
             columns = chosen if real is None else chosen & real
-        generator = self._generator(x.device)
-        places = tokens.index + offsets(self, len(x), x.device, generator)
+        generator = self.chance(x.device)
+        places = tokens.index + self.offsets(len(x), x.device, generator)
         if places.stride(0) == 0:
             places = places[:1]
         sight = Sight(places, None if columns is None else columns[:, None, None, :], real=real)
-        sight.turn = turns(self.position, places, self.width // self.heads, x)
+        sight.turn = self.turns(places, x)
         if context is not None and not context_update:
             sight.frozen = self.core.signals(x, 1, self.core.signals.at(places, x))
         values, ponder = self.core(x, sight, steps, self.halting, generator=generator, states=states)
         return values, ponder, tokens
-
-    def _generator(self, device: torch.device) -> torch.Generator | None:
-        make = self.__dict__.get("_source_of_chance")
-        return make(device) if make is not None and self.training else None
-
-
-def offsets(part: Any, rows: int, device: torch.device, generator: torch.Generator | None) -> Tensor | int:
-    """A random start [B,1] for each row in training with ``random_offset``, else 0."""
-    if part.position != "random_offset" or not part.training:
-        return 0
-    return torch.randint(0, part.max_offset + 1, (rows, 1), device=device, generator=generator)
-
-
-def turns(position: str, places: Tensor, width: int, like: Tensor) -> tuple[Tensor, Tensor] | None:
-    """Rotary cosines and sines [B or 1,1,T,Dh/2] of ``rope``; else None."""
-    if position != "rope":
-        return None
-    half = width // 2
-    rates = 10000.0 ** (-torch.arange(half, device=places.device, dtype=torch.float32) / half)
-    angles = places[:, None, :, None].float() * rates
-    return angles.cos().to(like.dtype), angles.sin().to(like.dtype)
 
 
 def _field(source: Batch | Spec) -> str:

@@ -81,6 +81,25 @@ class Halt:
         return Ponder(self.steps + self.remainder, self.steps, self.real)
 
 
+@dataclass
+class Moment:
+    """What a halting rule may look at before a step.
+
+    Attributes:
+        x: [B,T,D] the step's input, signals included.
+        sight: What its positions see.
+        step: Which step comes, from 1.
+        cache: The step's slots, or None in a pass over whole rows.
+        generator: Of random halting.
+    """
+
+    x: Tensor
+    sight: Sight
+    step: int
+    cache: StepCache | None = None
+    generator: torch.Generator | None = None
+
+
 class Halting(Part):
     """Role of a halting rule inside UniversalEncoder and UniversalDecoder. Dehghani et al. 2018.
 
@@ -119,6 +138,13 @@ class Halting(Part):
         self.max_steps, self.epsilon, self.bias, self.mode = max_steps, epsilon, bias, mode
         self.halted, self.force_remainder = halted, force_remainder
 
+    @classmethod
+    def tiny(cls) -> dict[str, Any]:
+        """Reverse three digits, at most four steps on each."""
+        from quire_universal.objective import tiny_seq2seq
+
+        return tiny_seq2seq({"class_path": cls.__name__, "init_args": {"max_steps": 4, "bias": -0.5}})
+
     @property
     def copies(self) -> bool:
         """Whether a stopped position's state stays as it is."""
@@ -133,6 +159,11 @@ class Halting(Part):
         generator: torch.Generator | None = None,
     ) -> Tensor:
         """Halting probabilities [B,T] from the step's input [B,T,D], signals included."""
+        logits = self.logits(Moment(x, sight, step, cache, generator))
+        return torch.sigmoid(logits).expand(x.shape[:2])
+
+    def logits(self, at: Moment) -> Tensor:
+        """What a subclass writes: [B,T] before the sigmoid, in fp32 at least; the bias is in it."""
         raise NotImplementedError
 
     def remember(self, x: Tensor, sight: Sight, cache: StepCache) -> None:
@@ -141,13 +172,6 @@ class Halting(Part):
 
 class ACT(Halting):
     """Every position stops by itself: Graves's adaptive computation time, as in Dehghani et al. 2018."""
-
-    @classmethod
-    def tiny(cls) -> dict[str, Any]:
-        """Reverse three digits, each position as long as it likes."""
-        from quire_universal.objective import tiny_seq2seq
-
-        return tiny_seq2seq({"class_path": cls.__name__, "init_args": {"max_steps": 4, "bias": -0.5}})
 
     def build(self, spec: Spec) -> None:
         """The halting unit; ``width`` is the state's."""
@@ -159,16 +183,9 @@ class ACT(Halting):
         kind = torch.float64 if x.dtype == torch.float64 else torch.float32
         return (x.to(kind) * self.unit.weight[0].to(kind)).sum(-1)
 
-    def probability(
-        self,
-        x: Tensor,
-        sight: Sight,
-        step: int,
-        cache: StepCache | None = None,
-        generator: torch.Generator | None = None,
-    ) -> Tensor:
+    def logits(self, at: Moment) -> Tensor:
         """The halting unit on each position."""
-        return torch.sigmoid(self.score(x) + self.unit.bias)
+        return self.score(at.x) + self.unit.bias
 
 
 class GlobalACT(ACT):
@@ -177,20 +194,13 @@ class GlobalACT(ACT):
     A decoder's position may not know later ones, so there the mean is over the tokens that it sees.
     """
 
-    def probability(
-        self,
-        x: Tensor,
-        sight: Sight,
-        step: int,
-        cache: StepCache | None = None,
-        generator: torch.Generator | None = None,
-    ) -> Tensor:
+    def logits(self, at: Moment) -> Tensor:
         """The halting unit on the mean over what a position sees."""
-        score = self.score(x)
-        whole = score if cache is None else cache.put("score", score, sight)
-        seen = sight.seen(score.shape[1], whole.shape[1]).to(score.dtype)
+        score = self.score(at.x)
+        whole = score if at.cache is None else at.cache.put("score", score, at.sight)
+        seen = at.sight.seen(score.shape[1], whole.shape[1]).to(score.dtype)
         mean = (seen * whole[:, None]).sum(-1) / seen.sum(-1).clamp(min=1)
-        return torch.sigmoid(mean + self.unit.bias).expand(score.shape)
+        return mean + self.unit.bias
 
     def remember(self, x: Tensor, sight: Sight, cache: StepCache) -> None:
         """Its score."""
@@ -204,26 +214,11 @@ class RandomSteps(Halting):
     function of position and step, so decoding with and without a cache agree.
     """
 
-    @classmethod
-    def tiny(cls) -> dict[str, Any]:
-        """Reverse three digits, a random number of steps."""
-        return ACT.tiny.__func__(cls)  # type: ignore[attr-defined]
-
-    def build(self, spec: Spec) -> None:
-        """It learns nothing."""
-
-    def probability(
-        self,
-        x: Tensor,
-        sight: Sight,
-        step: int,
-        cache: StepCache | None = None,
-        generator: torch.Generator | None = None,
-    ) -> Tensor:
+    def logits(self, at: Moment) -> Tensor:
         """A draw for each position."""
         if self.training:
-            draw = torch.rand(x.shape[:2], device=x.device, generator=generator)
+            draw = torch.rand(at.x.shape[:2], device=at.x.device, generator=at.generator)
         else:
-            mixed = (sight.places * 73856093 + step * 19349663) % 2147483647
+            mixed = (at.sight.places * 73856093 + at.step * 19349663) % 2147483647
             draw = (mixed * 48271 % 2147483647).float() / 2147483647
-        return torch.sigmoid(torch.logit(draw, eps=1e-6) + self.bias).expand(x.shape[:2])
+        return torch.logit(draw, eps=1e-6) + self.bias

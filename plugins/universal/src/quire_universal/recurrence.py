@@ -12,7 +12,7 @@ from quire.roles.language.blocks import Source
 from quire_universal.block import NORMS, TRANSITIONS, UniversalBlock
 from quire_universal.halting import Halt, Halting, Ponder
 from quire_universal.sight import Sight, StepCache
-from quire_universal.signals import Signals, check_signals
+from quire_universal.signals import Signals
 
 
 class Recurrence(nn.Module):
@@ -119,6 +119,3 @@ def check_shape(
         raise ConfigError(f"{name}.dropout must be in [0, 1), got {dropout}")
     if norm not in NORMS or transition not in TRANSITIONS:
         raise ConfigError(f"{name}.norm is pre or post, transition is ffn or sepconv; got {norm!r} and {transition!r}")
-
-
-__all__ = ["Recurrence", "check_shape", "check_signals"]
