@@ -258,6 +258,10 @@ class Sampler(Component):
 class Part(Component):
     """A replaceable piece inside a component: masking, selector, drafter, transform, schedule."""
 
+    @classmethod
+    def __subclasshook__(cls, other: type) -> Any:  # YAML may name a stand-in for a part of any role
+        return True if getattr(other, "stands_in", False) else NotImplemented
+
 
 class Metric(Component, torchmetrics.Metric):
     """A torchmetrics metric that knows how to read a batch. Lightning aggregates it over batches and ranks."""

@@ -79,9 +79,9 @@ class Made:
         yield from self.callbacks
 
     def find(self, cls: type) -> Any:
-        """The first component of exactly this class, or None; ``Pretrained`` stands for whatever it loaded."""
+        """The first component of exactly this class, or None; a loader (``Pretrained``) stands for what it loaded."""
         for item in self.components():
-            if type(item) is cls or (cls.__name__ == "Pretrained" and "origin" in vars(item)):
+            if type(item) is cls or ("__new__" in vars(cls) and "origin" in vars(item)):
                 return item
         return None
 

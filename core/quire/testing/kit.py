@@ -12,6 +12,7 @@ from quire.registry import Entry
 from quire.testing import (
     configs,
     docstrings,
+    language,
     learning,
     outputs,
     package,
@@ -79,6 +80,8 @@ CHECKS: tuple[Check, ...] = (
     *(Check(run, role="TokenEncoder", exemptible=True) for run in tokens.CHECKS),
     *(Check(run, kinds=("part",), role="masking", exemptible=True) for run in tokens.MASKING),
     *(Check(run, role=role, exemptible=True) for role, runs in vectors.CHECKS.items() for run in runs),
+    *(Check(run, role="StepModel", exemptible=True) for run in language.STEP_MODEL),
+    *(Check(run, kinds=("part",), role=role, exemptible=True) for role, runs in language.PARTS.items() for run in runs),
 )
 
 

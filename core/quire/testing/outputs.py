@@ -63,7 +63,8 @@ def encoder_outputs(encoder: Any, ran: Ran) -> Codes:
     except TypeError as error:
         raise Fault(f"{name}.sizes() must be plain numbers, strings and lists: {error}") from error
     width = sizes.get("width")
-    if not isinstance(width, int) or not any(v.ndim and v.shape[-1] == width for v in tensors.values()):
+    whole = [codes.dense()] if hasattr(codes, "dense") else []  # codes kept as short rows of indices
+    if not isinstance(width, int) or not any(v.ndim and v.shape[-1] == width for v in (*tensors.values(), *whole)):
         shapes = ", ".join(f"{k} {list(v.shape)}" for k, v in tensors.items())
         raise Fault(f"{name}.sizes() says width {width!r}, but its codes are {shapes}: decoders are built from it")
     return codes
