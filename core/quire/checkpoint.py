@@ -237,6 +237,8 @@ class Pretrained(Encoder, Decoder, Objective, Sampler, Part):
         ConfigError: no such file or part, or a ``layer_decay`` outside (0, 1].
     """
 
+    stands_in = True  # ``__new__`` gives the loaded part, of whatever role that is
+
     def __new__(cls, path: str, part: str = "encoder", freeze: bool = True, layer_decay: float | None = None) -> Any:
         """The loaded part, not a ``Pretrained``."""
         from quire.data import expand

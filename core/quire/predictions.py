@@ -11,6 +11,7 @@ import torch
 from lightning.pytorch import Callback
 from safetensors.torch import save_file
 from torch import Tensor
+from torch.nn.functional import pad
 
 from quire.contracts import Codes
 
@@ -77,7 +78,7 @@ def in_order(gathered: list[tuple[list[int], Any]]) -> list[Any]:
         return [[rows[p] for p in places]]
     if isinstance(results[0], Tensor):
         return [torch.cat(results)[places]]
-    return [{k: torch.cat([batch[k] for batch in results])[places] for k in results[0]}]
+    return [{k: _joined([batch[k] for batch in results])[places] for k in results[0]}]
 
 
 def _lengths(result: Any) -> set[int]:
@@ -92,7 +93,7 @@ def write(results: Any, folder: Path) -> list[Path]:
     batches = results if isinstance(results, list) else [results]
     if batches and all(isinstance(b, dict) and all(isinstance(v, Tensor) for v in b.values()) for b in batches):
         file = folder / "predictions.safetensors"
-        save_file({k: torch.cat([b[k] for b in batches]).contiguous() for k in batches[0]}, str(file))
+        save_file({k: _joined([b[k] for b in batches]).contiguous() for k in batches[0]}, str(file))
         return [file]
     rows = [row for b in batches for row in (b if isinstance(b, list) else [b])]
     file = folder / "predictions.jsonl"
@@ -100,6 +101,13 @@ def write(results: Any, folder: Path) -> list[Path]:
         for row in rows:
             handle.write(json.dumps(_plain(row)) + "\n")
     return [file]
+
+
+def _joined(batches: list[Tensor]) -> Tensor:
+    """Batches behind each other; rows of different length, as sparse codes have, are filled up with 0."""
+    sizes = [max(lengths) for lengths in zip(*(b.shape[1:] for b in batches))]
+    pads = [[n for size, have in zip(sizes[::-1], b.shape[:0:-1]) for n in (0, size - have)] for b in batches]
+    return torch.cat([pad(b, p) if any(p) else b for b, p in zip(batches, pads)])
 
 
 def _cpu(value: Any) -> Any:

@@ -33,3 +33,15 @@ def lightly() -> list[str]:
 
 
 COMMANDS: dict[str, Callable[[], list[str]]] = {"lightly 1.6.0": lightly}
+
+
+def sparse(peer: str, *packages: str) -> Callable[[], list[str]]:
+    """The command of a dictionary project's arm."""
+    return lambda: [environment(peer, *packages), "-m", "tests.benchmarks.peer_sparse", peer]
+
+
+SPARSE: dict[str, Callable[[], list[str]]] = {
+    "sparsify 1.3.3": sparse("sparsify", "eai-sparsify==1.3.3"),
+    "dictionary_learning 0.1.0": sparse("dictionary_learning", "--no-deps", "dictionary-learning==0.1.0", "einops"),
+    "SAELens 6.54.12": sparse("sae_lens", "sae-lens==6.54.12"),
+}

@@ -1,0 +1,1 @@
+"""Sparse dictionaries: encoder, selectors, decoder, objective, their bookkeeping, and other projects' files."""
