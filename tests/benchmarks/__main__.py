@@ -5,10 +5,21 @@ from __future__ import annotations
 import argparse
 import os
 
-from tests.benchmarks import context, loop, startup, tokens
+from tests.benchmarks import aggressive, context, first, harvest, loop, sparse_speed, startup, tokens
 from tests.benchmarks.clock import machine
 
-BENCHMARKS = {"startup": startup.main, "loop": loop.main, "context": context.main, "tokens": tokens.main}
+BENCHMARKS = {
+    "startup": startup.main,
+    "loop": loop.main,
+    "context": context.main,
+    "tokens": tokens.main,
+    "first": first.main,
+    "aggressive": aggressive.main,
+    "sparse": sparse_speed.main,
+    "harvest": harvest.main,
+}
+COMPARED = ("tokens", "sparse")
+"""Those that ``--peers`` adds arms to."""
 
 
 def main() -> None:
@@ -25,7 +36,7 @@ def main() -> None:
     print("One thread, CPU time, arms in turn; median (minimum).")
     for name, run in BENCHMARKS.items():
         if not options.names or name in options.names:
-            run(peers=True) if name == "tokens" and options.peers else run()
+            run(peers=True) if name in COMPARED and options.peers else run()
     print(f"\n{machine()}")
 
 
