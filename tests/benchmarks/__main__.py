@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import os
 
-from tests.benchmarks import aggressive, context, first, harvest, loop, sparse_speed, startup, tokens
+from tests.benchmarks import aggressive, context, first, harvest, loop, sparse_speed, startup, tokens, universal
 from tests.benchmarks.clock import machine
 
 BENCHMARKS = {
@@ -15,6 +15,7 @@ BENCHMARKS = {
     "tokens": tokens.main,
     "first": first.main,
     "aggressive": aggressive.main,
+    "universal": universal.main,
     "sparse": sparse_speed.main,
     "harvest": harvest.main,
 }
