@@ -93,6 +93,7 @@ COMPONENTS: list[tuple[str, str, str | tuple[str, ...]]] = [
     ("roles.sparse.rows.UnitNormRows", "callback", ()),
     ("roles.sparse.dead.DeadLatents", "callback", ()),
     ("roles.sparse.resample.Resample", "callback", ()),
+    ("roles.sparse.watching.SparseCard", "callback", ()),
     ("roles.sparse.bank.DictionaryBank", "objective", ()),
     ("roles.sparse.bank.BankMember", "part", "dictionary"),
     ("roles.sparse.coherence.DecoderCoherence", "metric", ()),
@@ -119,4 +120,5 @@ def quire_commands(register: Callable) -> None:
     register("reproduce", "quire.reproduce.main", "run a plugin's claim against its controls")
     register("bench", "quire.bench.main", "measure a role's speed on this machine: quire bench language")
     register("harvest", "quire.datasets.activations.harvest.main", "store what a subject holds at a site")
+    register("report", "quire.roles.sparse.report.command.main", "one HTML page of what a dictionary's latents fire on")
     register("probe", "quire.roles.probes.command.main", "judge a checkpoint's frozen encoder")
