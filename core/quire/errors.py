@@ -24,5 +24,5 @@ def suggest(word: str, known: list[str] | tuple[str, ...]) -> str:
     from difflib import get_close_matches
 
     lower = {name.lower(): name for name in known if name != word}
-    near = [lower[n] for n in get_close_matches(word.lower(), list(lower), n=2, cutoff=0.6)]
+    near = [lower[n] for n in get_close_matches(word.lower(), list(lower), n=2, cutoff=0.65)]
     return f"; did you mean {' or '.join(near)}?" if near else ""

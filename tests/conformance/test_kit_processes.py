@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import pytest
-from tests.conformance import test_kit_finds_faults, test_kit_finds_token_faults
+from tests.conformance import test_kit_finds_faults, test_kit_finds_language_faults, test_kit_finds_token_faults
 from tests.conformance.healthy import vector_plugin
 from tests.conformance.planted import broken, finds
 
@@ -75,6 +75,6 @@ def test_it_finds_in_a_process_of_its_own(tmp_path, monkeypatch, new, checks):
 
 def test_every_check_of_the_kit_is_broken_by_some_test():
     tested = {"private_modules", "other_plugins", "config_reparses", "config_runs", *PROCESSES}
-    for module in (test_kit_finds_faults, test_kit_finds_token_faults):
-        tested |= {name for checks, _, _ in module.BROKEN.values() for name in checks.split()}
+    for module in (test_kit_finds_faults, test_kit_finds_token_faults, test_kit_finds_language_faults):
+        tested |= {name for checks, *_ in module.BROKEN.values() for name in checks.split()}
     assert tested == {check.name for check in CHECKS}
