@@ -19,6 +19,10 @@ from quire.errors import ConfigError, DataError
 
 FIELDS: dict[str, str] = {
     "image": "[B,C,H,W] float in [0,1]",
+    "depth": "[B,1,H,W] float, any unit; finite, missing pixels are told by depth_valid",
+    "depth_valid": "[B,H,W] bool, True = measured",
+    "edges": "[B,1,H,W] float in [0,1], gradient magnitude",
+    "semantic": "[B,h,w] int64 class of each pixel or block of pixels",
     "audio": "[B,S] float in [-1,1]",
     "frames": "[B,T,F] float, log-mel by default",
     "tokens": "[B,T] int64 ids",

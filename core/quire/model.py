@@ -61,7 +61,7 @@ class Model(LightningModule):
         metrics: list[Metric] | None = None,
         optimizer: OptimizerCallable | dict[str, OptimizerCallable] | None = None,
         schedule: Schedule | dict[str, Schedule] | None = None,
-        spec: Spec | None = None,
+        spec: Spec | dict[str, Any] | None = None,
     ) -> None:
         super().__init__()
         make = recipe.instantiate
@@ -72,7 +72,7 @@ class Model(LightningModule):
         self.metrics = nn.ModuleList([make(m) for m in metrics or []])
         self.schedule: Any = optimizers.schedule_from(schedule)
         self.optimizer: Any = optimizers.optimizer_from(optimizer)
-        self.spec = Spec(spec) if spec else None  # a dict does too
+        self.spec = Spec(spec) if spec else None
         self.seed = int(os.environ.get("PL_GLOBAL_SEED", 0))
         self.refer_tokenizer(None)
         self.automatic_optimization = not self._players

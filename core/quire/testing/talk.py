@@ -82,7 +82,8 @@ def talk(subject: Subject) -> Talk:
     model.eval()
     with quietly():
         trainer = trainer_of(made, [], logger=False)
-    model.trainer, trainer.datamodule = trainer, made.data  # a drafter may count the run's training tokens
+    model.trainer = trainer
+    trainer.datamodule = made.data  # type: ignore[attr-defined]  # a drafter may count the run's training tokens
     with torch.no_grad():
         codes = codes_of(model, few) if "source" in few or model.encoder is not None else None
     return Talk(subject.name, model, target, few, codes)
