@@ -29,7 +29,7 @@ class DirectFeatureAttribution(Sampler):
 
     Args:
         latents: Ids, or how many of each sample's largest.
-        by: ``"head"``: a number a head; ``"source"``: a number a source token; ``"both"``: [H][T].
+        by: ``"head"``: a number a head; ``"source"``: a number a source token; ``"both"``: [H,T].
         recursive: Also split the largest source's values, through the norm at its scale, into what wrote to the
             residual stream there and ``bias``; a path to a Quire checkpoint of a dictionary of that residual stream
             splits into its latents.
@@ -40,7 +40,7 @@ class DirectFeatureAttribution(Sampler):
     Returns:
         A row a sample: ``index`` and ``latents``, a list of ``latent``, ``position``, ``activation``, ``pre``
         (pre-activation), ``constant``, ``by_head`` [H], ``by_source`` [T] (their sums plus ``constant`` are ``pre``),
-        ``both`` [H][T], ``source`` (the largest), ``token`` and ``source_token`` where there is text, and
+        ``both`` [H,T], ``source`` (the largest), ``token`` and ``source_token`` where there is text, and
         ``recursive``: parts of the largest source by name.
 
     Raises:
