@@ -9,6 +9,7 @@ import math
 import os
 import shutil
 import tempfile
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -54,14 +55,27 @@ def tiny_subject(name: str, steps: int | None = None) -> Path:
         raise ConfigError(f"there is no subject {name!r}; the embedded ones are {', '.join(STEPS)}")
     count = STEPS[name] if steps is None else steps
     data = _text()
-    said = json.dumps([RECIPE, count, data.tokenizer.fingerprint, _fingerprint(data)], sort_keys=True)
-    target = cache_folder() / "subjects" / f"{name}-{hashlib.sha256(said.encode()).hexdigest()[:8]}"
+    said = [RECIPE, count, data.tokenizer.fingerprint, _fingerprint(data)]
+    return trained_once(name, said, count, lambda folder: _train(data, count, folder))
+
+
+def trained_once(name: str, said: list[Any], steps: int, train: Callable[[Path], None]) -> Path:
+    """A subject's folder in the cache, filled on first use; several processes may ask at once.
+
+    Args:
+        name: Start of the folder's name.
+        said: Everything that the subject depends on, as plain data; its digest ends the folder's name.
+        steps: For the log.
+        train: Writes an exported model into the folder that it is given.
+    """
+    digest = hashlib.sha256(json.dumps(said, sort_keys=True).encode()).hexdigest()[:8]
+    target = cache_folder() / "subjects" / f"{name}-{digest}"
     if not (target / "config.json").is_file():
-        log.warning("training the subject %s once (%d steps); it is kept in %s", name, count, target)
+        log.warning("training the subject %s once (%d steps); it is kept in %s", name, steps, target)
         target.parent.mkdir(parents=True, exist_ok=True)
         part = Path(tempfile.mkdtemp(prefix=f".{target.name}-", dir=target.parent))
         try:
-            _train(data, count, part)
+            train(part)
             if not target.exists():  # another process may have been faster; both are as good
                 os.replace(part, target)
         except OSError:

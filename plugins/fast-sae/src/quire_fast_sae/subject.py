@@ -4,12 +4,7 @@ from __future__ import annotations
 
 import functools
 import hashlib
-import json
-import logging
 import math
-import os
-import shutil
-import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -17,14 +12,12 @@ import torch
 from torch import Tensor
 
 from quire.data import DataModule
-from quire.datasets.activations.tiny import RECIPE, cache_folder
+from quire.datasets.activations.tiny import RECIPE, trained_once
 from quire.datasets.text import TextTokens
 from quire.roles.language.text import Tokenizer
 from quire.roles.sites.subject import Subject
 from quire_fast_sae.chats import ChatText
 from quire_fast_sae.tokenizer import ChatBytes
-
-log = logging.getLogger(__name__)
 
 STEPS = {"tiny-chat": 1500, "tiny-chat-20s": 200}
 """Training steps of each subject; two of three see dialogues, the third raw text."""
@@ -46,22 +39,8 @@ def tiny_chat_folder(name: str) -> Path:
         name: A key of ``STEPS``.
     """
     steps, chats = STEPS[name], line_chats()
-    said = json.dumps([RECIPE, steps, chats.tokenizer.fingerprint, _content(chats)], sort_keys=True)
-    target = cache_folder() / "subjects" / f"{name}-{hashlib.sha256(said.encode()).hexdigest()[:8]}"
-    if not (target / "config.json").is_file():
-        log.warning("training the subject %s once (%d steps); it is kept in %s", name, steps, target)
-        target.parent.mkdir(parents=True, exist_ok=True)
-        part = Path(tempfile.mkdtemp(prefix=f".{target.name}-", dir=target.parent))
-        try:
-            _train(chats, steps, part)
-            if not target.exists():  # another process may have been faster; both are as good
-                os.replace(part, target)
-        except OSError:
-            if not (target / "config.json").is_file():
-                raise
-        finally:
-            shutil.rmtree(part, ignore_errors=True)
-    return target
+    said = [RECIPE, steps, chats.tokenizer.fingerprint, _content(chats)]
+    return trained_once(name, said, steps, lambda folder: _train(chats, steps, folder))
 
 
 @functools.lru_cache(maxsize=1)
