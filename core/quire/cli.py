@@ -38,8 +38,20 @@ def run(argv: list[str]) -> None:
     sys.argv = [before[0], *argv]  # what DDP's launcher starts again, once per process
     try:
         _cli_class(argv[0], words)(_name(argv))
+        _leave_group()
     finally:
         sys.argv = before
+
+
+def _leave_group() -> None:
+    """Give back gloo's threads: Lightning does so for NCCL only, and one that is alive when Python ends aborts it.
+
+    Not after an error: the other processes would wait for one that is gone.
+    """
+    import torch.distributed as group
+
+    if group.is_available() and group.is_initialized():
+        group.destroy_process_group()
 
 
 # ---- argv

@@ -47,12 +47,16 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return made
 
 
-def script(folder: Path, *argv: str) -> None:
-    """Run the console script in a process of its own, which starts the second."""
+def process(folder: Path, command: list[str]) -> subprocess.CompletedProcess[str]:
     env = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-    command = [str(Path(sys.executable).with_name("lightning")), *argv]
     done = subprocess.run(command, cwd=folder, env=env, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr[-2000:]
+    return done
+
+
+def script(folder: Path, *argv: str) -> None:
+    """Run the console script in a process of its own, which starts the second."""
+    process(folder, [str(Path(sys.executable).with_name("lightning")), *argv])
 
 
 def curve(folder: Path) -> dict[str, list[float]]:
@@ -69,6 +73,15 @@ def test_two_processes_give_the_curve_of_one(folder: Path) -> None:
     assert len(one["train/loss"]) == 1400 // 32
     for name in one:  # what is logged is the mean over both processes
         assert two[name] == pytest.approx(one[name], abs=1e-5), name
+
+
+def test_a_finished_run_leaves_no_process_group(folder: Path) -> None:
+    """One that is alive when Python ends aborts now and then: "terminate called without an active exception"."""
+    code = "import sys, torch.distributed as group\nfrom quire.__main__ import execute\n"
+    code += "assert execute(sys.argv[1:]) == 0\nassert not group.is_initialized()\nprint('left')\n"
+    (folder / "run.py").write_text(code)
+    done = process(folder, [sys.executable, "run.py", "validate", "-c", "one.yaml", "--ckpt_path", "last", *TWO])
+    assert "left" in done.stdout
 
 
 def test_two_processes_predict_in_index_order(folder: Path) -> None:
