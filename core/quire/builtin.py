@@ -25,7 +25,7 @@ COMPONENTS: list[tuple[str, str, str | tuple[str, ...]]] = [
     ("roles.tokens.timm.TimmViT", "encoder", "TokenEncoder"),
     ("roles.tokens.frames.FrameEncoder", "encoder", "TokenEncoder"),
     ("roles.tokens.text.TextEncoder", "encoder", "TokenEncoder"),
-    ("roles.tokens.reconstruct.GridDecoder", "decoder", ()),
+    ("roles.tokens.reconstruct.GridDecoder", "decoder", ("CellDecoder",)),
     ("roles.tokens.reconstruct.MaskedReconstruction", "objective", ()),
     ("roles.tokens.reconstruct.PatchPixels", "part", "target"),
     ("roles.tokens.reconstruct.TokenIds", "part", "target"),
@@ -43,6 +43,7 @@ COMPONENTS: list[tuple[str, str, str | tuple[str, ...]]] = [
     ("roles.latent.mlp.MlpVectorEncoder", "encoder", "VectorEncoder"),
     ("roles.latent.plain.FlatPixels", "encoder", "VectorEncoder"),
     ("roles.latent.pca.PCAEncoder", "encoder", "VectorEncoder"),
+    ("roles.latent.noise.CoordinateNoise", "part", "corruption"),
     ("roles.latent.plain.Pooled", "encoder", "VectorEncoder"),
     ("roles.latent.conv.ConvVectorDecoder", "decoder", "PixelDecoder"),
     ("roles.latent.mlp.MlpVectorDecoder", "decoder", "PixelDecoder"),
@@ -116,9 +117,12 @@ def quire_commands(register: Callable) -> None:
     register("configs", "quire.commands.configs", "YAML files that plugins ship, for -c plugin/name")
     register("doctor", "quire.commands.doctor", "check versions, plugins and the machine")
     register("matrix", "quire.commands.matrix", "which parts fit which")
+    register("mix", "quire.mixing.command", "a config that puts named parts together, tried for three steps")
     register("new", "quire.commands.new", "start a plugin of your own")
+    register("export", "quire.commands.export", "write a trained model as safetensors, or its encoder for timm")
     register("reproduce", "quire.reproduce.main", "run a plugin's claim against its controls")
     register("bench", "quire.bench.main", "measure a role's speed on this machine: quire bench language")
+    register("consolidate", "quire.sharding.consolidate", "one checkpoint file out of a folder of shards")
     register("harvest", "quire.datasets.activations.harvest.main", "store what a subject holds at a site")
     register("report", "quire.roles.sparse.report.command.main", "one HTML page of what a dictionary's latents fire on")
     register("probe", "quire.roles.probes.command.main", "judge a checkpoint's frozen encoder")

@@ -56,6 +56,8 @@ def stamp(model: Model) -> dict[str, Any]:
 def read(path: str | Path) -> dict[str, Any]:
     """A checkpoint file as plain values and tensors. Raises ``ConfigError`` in one sentence; never runs its code."""
     file = Path(path).expanduser()
+    if is_sharded(file):
+        raise ConfigError(f"{file} is in shards: quire consolidate {file} makes one file of it")
     if not file.is_file():
         raise ConfigError(f"no checkpoint at {file}")
     try:
@@ -69,6 +71,11 @@ def read(path: str | Path) -> dict[str, Any]:
     if not isinstance(content, dict) or "state_dict" not in content or "quire" not in content:
         raise ConfigError(f"{file} is not a Quire checkpoint: it has no record of its parts")
     return content
+
+
+def is_sharded(path: str | Path) -> bool:
+    """Whether it is a folder of shards, as ``ModelParallelStrategy`` writes."""
+    return (Path(path) / "meta.pt").is_file() and (Path(path) / ".metadata").is_file()
 
 
 def fingerprint(path: str | Path) -> str:
@@ -104,14 +111,15 @@ def load(path: str | Path) -> Model:
     from quire.model import Model
 
     folder = Path(path)
-    content = _read_export(folder) if folder.is_dir() else read(path)
+    exported = folder.is_dir() and not is_sharded(folder)
+    content = _read_export(folder) if exported else read(path)
     model = Model(**content["hyper_parameters"])
     model.configure_model()
     if kept := content["quire"].get("tokenizer"):
         tokenizer = instantiate(kept)
         tokenizer.restore(kept["state"])
         model.refer_tokenizer(tokenizer)
-    if folder.is_dir():
+    if exported:
         load_model(model, folder / "model.safetensors")
     else:
         model.load_state_dict(content["state_dict"])
@@ -123,7 +131,8 @@ def compare(model: Model, content: Mapping[str, Any]) -> None:
     if "quire" not in content:
         raise ConfigError("not a Quire checkpoint: it has no record of its parts")
     theirs, ours = content.get("hyper_parameters", {}), describe(model)
-    weights, wanted = _shapes(content["state_dict"]), _shapes(model.state_dict())
+    wanted = _shapes(model.state_dict())
+    weights = _shapes(content["state_dict"]) if "state_dict" in content else wanted  # shards are compared on reading
     idle = () if model.objective is not None else ("objective.",)
     weights = {k: v for k, v in weights.items() if not k.startswith(idle)} if idle else weights
     wanted = {k: v for k, v in wanted.items() if k in weights or not k.startswith(("sampler.", "metrics."))}

@@ -21,6 +21,7 @@ _KNOWN = (  # remarks on what Quire does on purpose; a resumed run has a folder 
     ".*in eval mode at the start of training.*",
     ".*LeafSpec.*",
     "The dirpath has changed from.*",
+    ".*returned a view tensor.*",
 )
 
 
@@ -180,9 +181,10 @@ def _cli_class(command: str, words: set[str]) -> type:
             elif given == "best":
                 raise ConfigError("ckpt_path best is known only to the run that found it: give the file, or last")
             elif given and given != "hpc" and not str(given).startswith("registry"):
-                from quire.checkpoint import read
+                from quire.checkpoint import is_sharded, read
 
-                read(given)
+                if not is_sharded(given):
+                    read(given)
             if config.get("data") is None:
                 raise ConfigError("data is missing: name a data module, for example data: Digits")
 
@@ -240,13 +242,14 @@ def newest_checkpoint(folder: Path) -> Path:
     Raises:
         ConfigError: there is none, or all are broken.
     """
-    from quire.checkpoint import read
+    from quire.checkpoint import is_sharded, read
 
     found = sorted(folder.glob("version_*/checkpoints/*.ckpt"), key=lambda p: p.stat().st_mtime_ns, reverse=True)
     broken = []
     for file in found:
         try:
-            read(file)
+            if not is_sharded(file):
+                read(file)
         except ConfigError as error:
             broken.append(str(error))
             continue

@@ -1,4 +1,4 @@
-"""``quire plugins|components|configs|doctor|matrix|new``. Only ``matrix`` and a full ``doctor`` import torch."""
+"""``quire plugins|components|configs|doctor|matrix|new|export``. Only the last, matrix and a full doctor import torch."""
 
 from __future__ import annotations
 
@@ -196,6 +196,37 @@ def new(argv: list[str]) -> int:
         place.parent.mkdir(parents=True, exist_ok=True)
         place.write_text(_fill(text, words), encoding="utf-8")
     print(f"made {target}\nnext:\n  pip install -e {target}\n  lightning fit -c {name}/tiny\n  pytest {target}")
+    return 0
+
+
+def export(argv: list[str]) -> int:
+    """Write a trained model, or its encoder for timm, as safetensors."""
+    parser = Arguments(
+        prog="quire export", description="write a trained model, or its encoder for timm, as safetensors"
+    )
+    parser.add_argument("checkpoint", help="a .ckpt file, an exported folder, or hf:owner/name")
+    parser.add_argument("--to", choices=["timm", "quire"], default="quire", help="whose format (default: quire)")
+    parser.add_argument("-o", "--output", required=True, help="a folder; for timm a file that ends in .safetensors")
+    parser.add_argument("--part", default="encoder", help="what is written for timm (default: encoder)")
+    parser.add_argument("--modality", help="whose patch embedding is written, of an encoder of several")
+    options = parser.parse_args(argv)
+    from quire.checkpoint import export as write
+    from quire.checkpoint import load as load_model
+
+    model = load_model(options.checkpoint)
+    if options.to == "quire":
+        print(f"wrote {write(model, options.output)}: quire.load reads it")
+        return 0
+    part: Any = getattr(model, options.part, None)
+    if part is None:
+        raise ConfigError(f"{options.checkpoint} has no part {options.part!r}")
+    if not hasattr(part, "to_timm"):
+        raise ConfigError(
+            f"{type(part).__name__} can't be written for timm, which has vision transformers over patches"
+        )
+    weights = part.to_timm(*([options.modality] if options.modality else []))
+    weights.write(Path(options.output))
+    print(f"wrote {options.output}: {len(weights.state)} tensors of {weights}")
     return 0
 
 

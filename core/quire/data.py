@@ -34,6 +34,16 @@ FIELDS: dict[str, str] = {
     "source": "[B,S] int64 ids of an encoder-decoder model's input",
     "source_mask": "[B,S] bool, True = real",
     "source_span": "[B,2] int64 slice of the prompt that an editing drafter may copy",
+    "query": "[B,S] int64 ids of what is asked",
+    "query_mask": "[B,S] bool, True = real",
+    "query_id": "[B] int64 number of the query in its collection",
+    "positive": "[B,T] int64 ids of a document that answers the query",
+    "positive_mask": "[B,T] bool, True = real",
+    "negative": "[B,K,T] int64 ids of documents that do not",
+    "negative_mask": "[B,K,T] bool, True = real",
+    "teacher_scores": "[B,1+K] float, a teacher's scores of the positive and the negatives",
+    "relevant": "[B,R] int64 numbers of the query's relevant documents, -1 for none",
+    "gain": "[B,R] float, their grades",
     "vector": "[B,D] float",
     "activation": "[N,D] float, one row a token; [B,T,D] with a mask in analysis",
     "weight": "[N] float, factor of a token's error",
@@ -99,8 +109,13 @@ class Fields(Dataset):
         return {k: v[chosen] for k, v in self.tensors.items()}
 
 
-class _Indexed(Dataset):
-    """Adds ``index`` and tells a data set which epoch it is in, so per-sample randomness is keyed, not streamed."""
+class Indexed(Dataset):
+    """Whole batches of a data set, with ``index``; it knows its epoch, so per-sample randomness is keyed, not streamed.
+
+    Args:
+        source: The samples.
+        collate: Samples → batch.
+    """
 
     def __init__(self, source: Dataset, collate: Any) -> None:
         self.source, self.collate = source, collate
@@ -116,6 +131,9 @@ class _Indexed(Dataset):
         batch.setdefault("index", torch.as_tensor(indices))
         return batch
 
+    def __getitem__(self, indices: list[int]) -> Batch:  # for a sampler of whole batches
+        return self.__getitems__(indices)
+
 
 def _same(batch: Batch) -> Batch:
     return batch
@@ -125,16 +143,22 @@ class Loader(DataLoader):
     """A DataLoader whose place in the epoch is saved with the checkpoint and restored exactly.
 
     The order is a function of (seed, epoch), so the place is one number: batches handed out.
+
+    Attributes:
+        fitting: The Trainer whose epoch it follows; None where the order has no epoch.
     """
 
     _seen = 0
     _skip = 0
+    fitting: Any = None
 
     def __iter__(self) -> Iterator[Batch]:  # type: ignore[override]
         skip, self._skip = self._skip, 0
         self._seen = skip
         sampler = self.sampler
-        if isinstance(sampler, _Order):
+        if isinstance(sampler, Order):
+            if self.fitting is not None:  # Lightning's own count is one ahead after a stop inside an epoch
+                sampler.epoch = self.fitting.current_epoch
             sampler.start = skip * (self.batch_size or 1)
             getattr(self.dataset, "source", self.dataset).epoch = sampler.epoch  # type: ignore[attr-defined, union-attr]
         for batch in super().__iter__():
@@ -150,14 +174,32 @@ class Loader(DataLoader):
         self._skip = state["seen"] if state["seen"] < len(self) else 0
 
 
-class _Order(DistributedSampler):
-    """DistributedSampler (also for one process) that can start inside an epoch."""
+class Order(DistributedSampler):
+    """DistributedSampler (also for one process) that can start inside an epoch.
+
+    A data module with an order of its own subclasses it; where that yields whole batches, ``start`` counts batches.
+    """
 
     start = 0
 
     def __iter__(self) -> Iterator[int]:
         start, self.start = self.start, 0
         return iter(list(super().__iter__())[start:])
+
+
+class Transform(Part):
+    """Role of a transform that changes which fields there are, or sizes: ``part(batch, generator) -> batch``.
+
+    One that keeps both needs to be no more than a Part.
+    """
+
+    def offers(self, fields: tuple[str, ...]) -> tuple[str, ...]:
+        """The fields of a batch after it, given those before."""
+        return fields
+
+    def resize(self, spec: Spec) -> Spec:
+        """The sizes of the data after it, given those before."""
+        return spec
 
 
 class DataModule(LightningDataModule):
@@ -210,8 +252,18 @@ class DataModule(LightningDataModule):
     # ---- what everybody else uses
     @property
     def spec(self) -> Spec:
-        """Sizes of the data; linked to ``model.spec``."""
-        return Spec(self.sizes())
+        """Sizes of the data as the model sees them, behind the transforms; linked to ``model.spec``."""
+        spec = Spec(self.sizes())
+        for part in self.transforms:
+            spec = part.resize(spec) if isinstance(part, Transform) else spec
+        return spec
+
+    def offered(self) -> tuple[str, ...]:
+        """The batch fields that the model sees, behind the transforms; ``fields`` are those before them."""
+        fields = tuple(self.fields)
+        for part in self.transforms:
+            fields = part.offers(fields) if isinstance(part, Transform) else fields
+        return fields
 
     def dataset(self, name: str) -> Dataset:
         """A split, made once. Raises ``DataError`` when it is empty."""
@@ -234,9 +286,9 @@ class DataModule(LightningDataModule):
             raise ConfigError(
                 f"data.batch_size is {size}{over}, but {type(self).__name__} has {total} training samples: lower it"
             )
-        order = _Order(data, world, rank, shuffle=shuffle, seed=self.seed, drop_last=shuffle)
-        return Loader(
-            _Indexed(data, self.collate),
+        order = Order(data, world, rank, shuffle=shuffle, seed=self.seed, drop_last=shuffle)
+        made = Loader(
+            Indexed(data, self.collate),
             batch_size=size,
             sampler=order,
             num_workers=self.num_workers,
@@ -244,6 +296,8 @@ class DataModule(LightningDataModule):
             drop_last=shuffle,
             pin_memory=torch.cuda.is_available(),
         )
+        made.fitting = self.trainer if shuffle else None
+        return made
 
     def train_dataloader(self) -> Loader:
         """Shuffled; the last partial batch is dropped."""

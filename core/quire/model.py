@@ -115,6 +115,15 @@ class Model(LightningModule):
         """Build what depends on the data, once, then introduce the parts to each other."""
         if self._ready:
             return
+        if self._device_mesh is not None:  # ModelParallelStrategy
+            from quire.sharding import build_sharded
+
+            build_sharded(self, self._build, self._device_mesh)
+        else:
+            self._build()
+        self._ready = True
+
+    def _build(self) -> None:
         source = self.datamodule
         if self.spec is None:
             self.spec = Spec(source.spec) if source is not None and hasattr(source, "spec") else Spec()
@@ -134,7 +143,6 @@ class Model(LightningModule):
         for part in (*(getattr(self, slot) for slot in SLOTS), *self.metrics):
             if part is not None:
                 part.bind(self)
-        self._ready = True
 
     def setup(self, stage: str) -> None:
         """Check that the stage has what it needs and that the data offers the fields that are read."""
@@ -147,7 +155,7 @@ class Model(LightningModule):
         if getattr(source, "tokenizer", None) is not None:
             self.refer_tokenizer(source.tokenizer)
         if source is not None and getattr(source, "fields", None):
-            check_fields(self, tuple(source.fields), type(source).__name__, stage)
+            check_fields(self, _offered(source), type(source).__name__, stage)
         self._checked: set[str] = set()
 
     def configure_callbacks(self) -> list[Any]:
@@ -220,6 +228,8 @@ class Model(LightningModule):
         self.log_dict({f"{stage}/{k}": v for k, v in values.items()}, batch_size=size, sync_dist=True, on_epoch=True)
         for metric in self.metrics:
             assert isinstance(metric, Metric)
+            if type(metric).observe is Metric.observe:  # it looks at what predict gives
+                continue
             metric.observe(self, batch, losses)
             name = getattr(metric, "label", type(metric).__name__)
             self.log(f"{stage}/{name}", metric, batch_size=size, on_epoch=True)
@@ -232,9 +242,11 @@ class Model(LightningModule):
         if self.sampler.needs_grad:  # tensors born in inference mode can't be differentiated
             with torch.inference_mode(False), torch.enable_grad():
                 batch = {k: v.clone() if isinstance(v, Tensor) else v for k, v in batch.items()}
-                results = self.sampler(self, self._prepare(batch, "predict"))
+                batch = self._prepare(batch, "predict")
+                results = self.sampler(self, batch)
         else:
-            results = self.sampler(self, self._prepare(batch, "predict"))
+            batch = self._prepare(batch, "predict")
+            results = self.sampler(self, batch)
         for metric in self.metrics:
             assert isinstance(metric, Metric)
             metric.sampled(self, batch, results)
@@ -313,6 +325,11 @@ class Model(LightningModule):
         """One optimizer and schedule a player; weight decay only on matrices; layer-wise decay if asked for."""
         return optimizers.configure(self)
 
+    def optimizer_step(self, epoch: int, batch_idx: int, optimizer: Any, optimizer_closure: Any = None) -> None:
+        """Step, then let the gradients go: Lightning would keep them through the next forward pass."""
+        super().optimizer_step(epoch, batch_idx, optimizer, optimizer_closure)
+        optimizer.zero_grad()
+
     # ---- checkpoints
     def on_save_checkpoint(self, checkpoint_: dict[str, Any]) -> None:
         """Keep how to rebuild the model without YAML, the seed, and what the next log line will average."""
@@ -323,7 +340,7 @@ class Model(LightningModule):
     def on_load_checkpoint(self, checkpoint_: dict[str, Any]) -> None:
         """Refuse the checkpoint of another model by name; continue with its seed and what it had yet to log."""
         checkpoint.compare(self, checkpoint_)
-        state, ours = checkpoint_["state_dict"], self.state_dict()
+        state, ours = checkpoint_.get("state_dict", {}), self.state_dict()
         for name in [n for n in state if n.startswith("objective.") and self.objective is None]:
             del state[name]  # a run that only predicts needs no head of the method
         state.update({n: v for n, v in ours.items() if n not in state and n.startswith(("sampler.", "metrics."))})
@@ -340,6 +357,10 @@ def _evaluated(metrics: dict[str, Any]) -> dict[str, Tensor]:
 
 def _batch_size(batch: Batch) -> int:
     return next((len(v) for v in batch.values() if isinstance(v, Tensor) and v.ndim), 1)
+
+
+def _offered(source: Any) -> tuple[str, ...]:
+    return source.offered() if hasattr(source, "offered") else tuple(source.fields)
 
 
 def _nothing(*_: Any) -> None:

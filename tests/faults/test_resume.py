@@ -128,6 +128,15 @@ def test_two_crashes_in_a_row_change_nothing(here: Path, whole: dict[str, Any]) 
     assert_same_end(final(), whole, "crashed before steps 7 and 16")
 
 
+def test_a_run_that_ended_inside_an_epoch_can_be_made_longer(here: Path) -> None:
+    constant = ["--model.schedule", "Constant"]
+    assert execute(["fit", "-c", config(), *constant]) == 0
+    straight = final()
+    assert execute(["fit", "-c", config(), *constant, "--trainer.max_steps", "14"]) == 0
+    assert execute(["fit", "-c", config(), *constant, "--ckpt_path", "last"]) == 0
+    assert_same_end(final(), straight, "ended at step 14")
+
+
 def test_loader_processes_change_nothing(here: Path, whole: dict[str, Any]) -> None:
     workers = ["--data.num_workers", "2"]
     assert execute(["fit", "-c", config(accident(8, soft=True)), *workers]) == 1

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor
@@ -21,23 +21,31 @@ class RandomResizedCrop(Part):
     Args:
         scale: Least and greatest share of the picture's area, in (0, 1].
         ratio: Least and greatest width over height of the box, above 0; drawn evenly in the logarithm.
+        interpolation: How floats are read; ``bicubic`` values are kept within those of the sample.
 
     Returns:
-        The batch; floats [B,C,H,W] are read bilinearly, integer maps [B,H,W] by the nearest cell.
+        The batch; floats [B,C,H,W] are interpolated, integer maps [B,H,W] read at the nearest cell.
 
     Raises:
-        ConfigError: a range that is empty or out of bounds.
+        ConfigError: a range that is empty or out of bounds, or another interpolation.
     """
 
     training_only: ClassVar[bool] = True
 
-    def __init__(self, scale: list[float] = [0.2, 1.0], ratio: list[float] = [0.75, 4 / 3]) -> None:  # noqa: B006
+    def __init__(
+        self,
+        scale: list[float] = [0.2, 1.0],  # noqa: B006
+        ratio: list[float] = [0.75, 4 / 3],  # noqa: B006
+        interpolation: Literal["bilinear", "bicubic"] = "bilinear",
+    ) -> None:
         super().__init__()
+        if interpolation not in ("bilinear", "bicubic"):
+            raise ConfigError(f"RandomResizedCrop.interpolation is bilinear or bicubic, got {interpolation!r}")
         if len(scale) != 2 or not 0 < scale[0] <= scale[1] <= 1:
             raise ConfigError(f"RandomResizedCrop.scale must be two shares of the area in (0, 1], got {scale}")
         if len(ratio) != 2 or not 0 < ratio[0] <= ratio[1]:
             raise ConfigError(f"RandomResizedCrop.ratio must be two numbers above 0 in order, got {ratio}")
-        self.scale, self.ratio = list(scale), list(ratio)
+        self.scale, self.ratio, self.interpolation = list(scale), list(ratio), interpolation
 
     @classmethod
     def tiny(cls) -> dict[str, Any]:
@@ -51,7 +59,7 @@ class RandomResizedCrop(Part):
             return batch
         lead = max(pictures.values(), key=lambda v: v.shape[-1] * v.shape[-2])
         box = self.boxes(len(lead), lead.shape[-2] / lead.shape[-1], generator)
-        return {**batch, **{k: read(v, box) for k, v in pictures.items()}}
+        return {**batch, **{k: read(v, box, self.interpolation) for k, v in pictures.items()}}
 
     def boxes(self, count: int, tall: float, generator: torch.Generator) -> Tensor:
         """[B,4] in [-1,1]: centre x and y, half width and height; ``tall`` is the picture's height over its width.
@@ -101,14 +109,17 @@ class RandomFlip(Part):
         return {**batch, **mirrored}
 
 
-def read(picture: Tensor, box: Tensor) -> Tensor:
+def read(picture: Tensor, box: Tensor, mode: str = "bilinear") -> Tensor:
     """Read boxes [B,4] out of ``picture``, [B,C,H,W] floats or [B,H,W] integers, at its own height and width."""
     height, width = picture.shape[-2:]
     x = _centres(width, box) * box[:, 2:3] + box[:, 0:1]
     y = _centres(height, box) * box[:, 3:4] + box[:, 1:2]
     if picture.ndim == 4:
         grid = torch.stack([x[:, None, :].expand(-1, height, -1), y[:, :, None].expand(-1, -1, width)], -1)
-        return grid_sample(picture, grid.to(picture.dtype), mode="bilinear", padding_mode="border", align_corners=False)
+        made = grid_sample(picture, grid.to(picture.dtype), mode=mode, padding_mode="border", align_corners=False)
+        if mode == "bilinear":
+            return made
+        return made.clamp(picture.amin((1, 2, 3), keepdim=True), picture.amax((1, 2, 3), keepdim=True))
     columns = ((x + 1) * width / 2).long().clamp(0, width - 1)
     rows = ((y + 1) * height / 2).long().clamp(0, height - 1)
     samples = torch.arange(len(picture), device=picture.device)[:, None, None]

@@ -10,6 +10,7 @@ from torch import Tensor
 from quire.contracts import Batch, Losses, Objective
 from quire.errors import ConfigError
 from quire.roles.latent.contract import PixelDecoder
+from quire.roles.latent.noise import CoordinateNoise
 
 if TYPE_CHECKING:
     from quire.model import Model
@@ -20,6 +21,7 @@ class Reconstruction(Objective):
 
     Args:
         rec: ``"mse"``, ``"l1"`` or ``"charbonnier"`` (the smooth l1, sqrt(d^2 + 1e-6)).
+        corruption: A part such as ``CoordinateNoise`` on what the encoder sees; the clean data stay the target.
 
     Needs:
         encoder: any whose codes the decoder takes. decoder: PixelDecoder.
@@ -34,11 +36,13 @@ class Reconstruction(Objective):
     decoder: PixelDecoder
     fields = ("image|vector",)
 
-    def __init__(self, rec: Literal["mse", "charbonnier", "l1"] = "mse") -> None:
+    def __init__(
+        self, rec: Literal["mse", "charbonnier", "l1"] = "mse", corruption: CoordinateNoise | None = None
+    ) -> None:
         super().__init__()
         if rec not in ("mse", "charbonnier", "l1"):
             raise ConfigError(f"Reconstruction.rec must be mse, charbonnier or l1, got {rec!r}")
-        self.rec = rec
+        self.rec, self.corruption = rec, corruption
 
     @classmethod
     def tiny(cls) -> dict[str, Any]:
@@ -48,9 +52,13 @@ class Reconstruction(Objective):
 
     def forward(self, model: Model, batch: Batch) -> Losses:
         """The terms of one batch."""
+        name = "image" if "image" in batch else "vector"
+        target: Tensor = batch[name]
+        if self.corruption is not None:
+            batch = {**batch, name: self.corruption(target, model.generator(target.device))}
         codes = model.encoder(batch)
         made = model.decoder.role(PixelDecoder)(codes)  # it may lie inside, in a PrototypeLayer for one
-        terms = {"reconstruct": self._distance(made - batch["image" if "image" in batch else "vector"])}
+        terms = {"reconstruct": self._distance(made - target)}
         own = getattr(codes, "loss", None)
         return Losses(terms if own is None else {**terms, "bottleneck": own}, outputs={"reconstruction": made})
 

@@ -160,7 +160,7 @@ _TRIALS: dict[str, Trial] = {}
 
 
 @functools.cache
-def _tiny(cls: type) -> dict[str, Any]:
+def tiny_of(cls: type) -> dict[str, Any]:
     declare = getattr(cls, "tiny", None)
     if declare is None:
         raise Fault(f"{cls.__name__} declares no tiny example: add a classmethod tiny()")
@@ -178,7 +178,7 @@ def trial_of(cls: type) -> Trial:
         Fault: it declares none.
         Skip: it reads a file under ``$QUIRE_DATA`` that is not here.
     """
-    config = _tiny(cls)
+    config = tiny_of(cls)
     if not isinstance(config, dict) or not {"model", "data"} <= set(config) <= {"model", "data", "trainer"}:
         raise Fault(f"{cls.__name__}.tiny() must return a dict with model, data and, if needed, trainer")
     for word in words(config):
@@ -199,4 +199,4 @@ def needed(step: Callable[[], T], what: str) -> T:
 def forget() -> None:
     """Drop every cached trial: plugins have changed."""
     _TRIALS.clear()
-    _tiny.cache_clear()
+    tiny_of.cache_clear()

@@ -86,11 +86,19 @@ class PCAEncoder(VectorEncoder):
 
     def forward(self, batch: Batch) -> VectorCodes:
         """Image [B,C,H,W] or vector [B,D] → [B,width]."""
+        self._need_fit()
+        return VectorCodes((read_data(batch, self.shape, self).flatten(1) - self.mean) @ self.components.T)
+
+    def inverse(self, vector: Tensor) -> Tensor:
+        """The data nearest to the mean that has this code: [B,width] → [B,C,H,W] or [B,D]."""
+        self._need_fit()
+        return (self.mean + vector @ self.components).unflatten(1, self.shape)
+
+    def _need_fit(self) -> None:
         if not self._ready:  # asked once: reading a buffer waits for the GPU
             self._ready = bool(self.fitted)
             if not self._ready:
                 raise ConfigError("PCAEncoder was never fitted: run fit or load a checkpoint")
-        return VectorCodes((read_data(batch, self.shape, self).flatten(1) - self.mean) @ self.components.T)
 
 
 class _FitAtStart(Callback):

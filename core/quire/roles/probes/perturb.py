@@ -9,6 +9,8 @@ from quire.contracts import Batch
 
 RANGES: dict[str, tuple[float, float] | None] = {
     "image": (0.0, 1.0),
+    "depth": None,
+    "edges": (0.0, 1.0),
     "video": (0.0, 1.0),
     "audio": (-1.0, 1.0),
     "frames": None,

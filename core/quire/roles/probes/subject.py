@@ -140,8 +140,8 @@ class Subject:
 def _without_weights(what: Any) -> Any:
     """Arguments named ``pretrained`` switched off, at every depth, so the twin fetches no weights."""
     if isinstance(what, dict):
-        off = {k: False if k == "pretrained" and v is True else _without_weights(v) for k, v in what.items()}
-        return off
+        loads = {k for k, v in what.items() if k == "pretrained" and (v is True or isinstance(v, str))}
+        return {k: False if k in loads else _without_weights(v) for k, v in what.items()}
     return [_without_weights(w) for w in what] if isinstance(what, list) else what
 
 

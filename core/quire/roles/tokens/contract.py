@@ -10,7 +10,7 @@ from typing import Any, ClassVar, NamedTuple
 import torch
 from torch import Tensor
 
-from quire.contracts import Batch, Codes, Encoder, Spec
+from quire.contracts import Batch, Codes, Decoder, Encoder, Spec
 from quire.errors import ConfigError
 from quire.roles.tokens.subset import Subset, check_index, check_real, equal_counts, gather, indices
 
@@ -189,6 +189,12 @@ class Tokens(Codes):
         return (self.values * weight).sum(1) / weight.sum(1).clamp(min=1)
 
 
+class CellDecoder(Decoder):
+    """Tokens → values or classes for every cell, [B,N,F], or one such map a task."""
+
+    advice: ClassVar[str] = "set one that predicts cells, such as GridDecoder"
+
+
 class TokenEncoder(Encoder):
     """batch → Tokens: cuts data into tokens with known places and runs attention over all or some of them.
 
@@ -197,13 +203,17 @@ class TokenEncoder(Encoder):
         prefix_tokens: P, class and global tokens; they have no place and no index.
         positions: ``none``, ``sincos`` or ``learned``: what ``embed`` adds.
         capabilities: Some of ``subset`` (takes ``keep``), ``context`` (takes ``context``), ``features`` (hidden
-            states by layer), ``lm_head`` (has ``logits`` over a vocabulary).
+            states by layer), ``lm_head`` (has ``logits`` over a vocabulary), ``grid`` (its cells are rows and columns).
     """
 
     width: int
     prefix_tokens: int = 0
     positions: str = "none"
-    vocabulary: ClassVar[tuple[str, ...]] = ("subset", "context", "features", "lm_head")
+    vocabulary: ClassVar[tuple[str, ...]] = ("subset", "context", "features", "lm_head", "grid")
+
+    def lacks(self, capability: str) -> str:
+        """Says what the cells are when a grid is asked."""
+        return "has its cells in one row, not on a grid" if capability == "grid" else super().lacks(capability)
 
     def layout(self, source: Batch | Spec) -> Layout:
         """Places of the tokens of a batch, or of the data that a spec describes.

@@ -8,11 +8,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from quire.contracts import Batch, Decoder, Losses, Objective, Part, Spec, build
+from quire.contracts import Batch, Losses, Objective, Part, Spec, build
 from quire.errors import ConfigError
 from quire.roles.masking import Masking, RandomMask, tiny_with
 from quire.roles.tokens.blocks import make_blocks, run_tokens, xavier
-from quire.roles.tokens.contract import Layout, Subset, TokenEncoder, Tokens, gather
+from quire.roles.tokens.contract import CellDecoder, Layout, Subset, TokenEncoder, Tokens, gather
 from quire.roles.tokens.patches import patchify
 from quire.roles.tokens.positions import Positions, check_kind
 
@@ -122,7 +122,7 @@ class TokenIds(Target):
         return batch[segment.field]
 
 
-class GridDecoder(Decoder):
+class GridDecoder(CellDecoder):
     """Tokens → a prediction for every cell of the full grid, with mask tokens where none was kept. He et al. 2022.
 
     Args:

@@ -8,11 +8,13 @@ import torch
 from torch import Tensor, nn
 
 from quire.contracts import Batch, Spec
+from quire.data import expand
 from quire.errors import ConfigError, DataError, suggest
 from quire.roles.tokens.blocks import run_tokens
 from quire.roles.tokens.contract import Layout, Segment, Subset, TokenEncoder, Tokens, gather, indices
 from quire.roles.tokens.patches import pair, patch_grid
 from quire.roles.tokens.positions import Positions, check_kind
+from quire.roles.tokens.timm_weights import TimmWeights, load_file, model_weights
 
 KINDS = ("keep", "none", "resample", "learned", "sincos")
 
@@ -26,7 +28,8 @@ class TimmViT(TokenEncoder):
 
     Args:
         model: Name in ``timm.list_models()``.
-        pretrained: Whether to load timm's weights (needs them in the cache, or a network).
+        pretrained: True loads timm's weights (needs them in the cache, or a network), a path a file of weights
+            (safetensors, or ``torch.save``'s; no code in it is run). A checkpoint of the run needs neither again.
         positions: ``keep`` the model's own; ``none`` takes its table away; ``resample`` fits the table to the data's
             image size and to any other. ``learned`` and ``sincos`` replace it by a table of ours, without a row for
             prefix tokens.
@@ -38,16 +41,18 @@ class TimmViT(TokenEncoder):
     Raises:
         ConfigError: an unknown name, a model that isn't a plain ViT (with the reason), another image size than the
             pretrained positions' with ``keep``.
-        DataError: weights that can't be loaded.
+        DataError: weights that can't be loaded or don't fit.
     """
 
     fields = ("image",)
-    capabilities = frozenset({"subset", "context", "features"})  # of a plain ViT; each model's own when it is made
+    capabilities = frozenset(
+        {"subset", "context", "features", "grid"}
+    )  # of a plain ViT; each model's own when it is made
     mean: Tensor
     std: Tensor
 
     def __init__(
-        self, model: str, pretrained: bool = False, positions: str = "keep", options: dict[str, Any] | None = None
+        self, model: str, pretrained: bool | str = False, positions: str = "keep", options: dict[str, Any] | None = None
     ) -> None:
         super().__init__()
         import timm
@@ -110,13 +115,16 @@ class TimmViT(TokenEncoder):
             self.places = Positions(self.table, self.layout(spec), self.width, self.table_std)
         cfg: Any = self.vit.pretrained_cfg
         mean, std = (cfg["mean"], cfg["std"]) if self.channels == len(cfg["mean"]) else ((0.5,), (0.5,))
-        self.register_buffer("mean", torch.tensor(mean).view(1, -1, 1, 1), persistent=False)
-        self.register_buffer("std", torch.tensor(std).view(1, -1, 1, 1), persistent=False)
+        self.scale = ([*mean] * (self.channels // len(mean)), [*std] * (self.channels // len(std)))
+        self.register_buffer("mean", torch.tensor(self.scale[0]).view(1, -1, 1, 1), persistent=False)
+        self.register_buffer("std", torch.tensor(self.scale[1]).view(1, -1, 1, 1), persistent=False)
+        self.init_args["pretrained"] = False  # a checkpoint holds the weights
 
     def _create(self, size: tuple[int, int]) -> nn.Module:
         import timm
 
-        if self.pretrained and self.table == "keep" and not self.rotary:
+        by_name = self.pretrained is True
+        if by_name and self.table == "keep" and not self.rotary:
             cfg: Any = timm.get_pretrained_cfg(self.model)
             native = tuple(cfg.input_size[1:])
             if size != native:
@@ -124,15 +132,18 @@ class TimmViT(TokenEncoder):
                     f"TimmViT({self.model}) has positions for {native[0]}x{native[1]} images, the data has "
                     f"{size[0]}x{size[1]}: set positions: resample"
                 )
-        given = {"num_classes": 0, "in_chans": self.channels, "img_size": size, **self.options}
+        self.given = {"num_classes": 0, "in_chans": self.channels, "img_size": list(size), **self.options}
         if self.table == "resample":
-            given["dynamic_img_size"] = True
+            self.given["dynamic_img_size"] = True
         try:
-            return timm.create_model(self.model, pretrained=self.pretrained, **given)
+            vit = timm.create_model(self.model, pretrained=by_name, **{**self.given, "img_size": size})
         except (OSError, RuntimeError) as error:
-            if not self.pretrained:
+            if not by_name:
                 raise
             raise DataError(f"the weights of {self.model} can't be loaded ({error}); set pretrained: false") from error
+        if isinstance(self.pretrained, str):
+            load_file(vit, expand(self.pretrained), self.model, self.table != "keep")
+        return vit
 
     def _drop_positions(self) -> None:
         vit, prefix = self.vit, self.prefix_tokens
@@ -248,6 +259,12 @@ class TimmViT(TokenEncoder):
         index = tokens.index[:, None, :, None].expand(-1, heads, -1, table.shape[-1])
         return [layer.expand(len(index), -1, -1, -1).gather(2, index) for layer in table]
 
+    def to_timm(self) -> TimmWeights:
+        """Its own state dict, with positions of ours written into timm's table."""
+        rows = None if self.places is None else self.places(self.built_layout)
+        given = {"model_name": self.model, **self.given}
+        return model_weights(self.vit, given, rows, self.table == "none", *self.scale)
+
     def sizes(self) -> dict[str, Any]:
         """As every token encoder, and ``patch_values``, the numbers in one patch."""
         return {**super().sizes(), "patch_values": self.channels * self.patch[0] * self.patch[1]}
@@ -284,4 +301,4 @@ def refusals(vit: Any) -> tuple[str, str]:
 def _capabilities(reason: str, context_reason: str) -> frozenset[str]:
     if reason:
         return frozenset()
-    return frozenset({"subset", "features"} if context_reason else {"subset", "features", "context"})
+    return TimmViT.capabilities - ({"context"} if context_reason else frozenset())

@@ -10,6 +10,7 @@ from quire.contracts import Batch, Spec
 from quire.errors import DataError
 from quire.roles.tokens.contract import Layout, Segment
 from quire.roles.tokens.patches import pair, patch_grid, patchify
+from quire.roles.tokens.timm_weights import TimmWeights, trunk_weights
 from quire.roles.tokens.trunk import TrunkEncoder
 
 
@@ -53,6 +54,7 @@ class ViTEncoder(TrunkEncoder):
     """
 
     fields = ("image",)
+    capabilities = TrunkEncoder.capabilities | {"grid"}
 
     def __init__(
         self,
@@ -108,6 +110,11 @@ class ViTEncoder(TrunkEncoder):
         if image.shape[1] != self.channels:
             raise DataError(f"image has {image.shape[1]} channels, ViTEncoder was built for {self.channels}")
         return patchify(image, self.patch)
+
+    def to_timm(self) -> TimmWeights:
+        """The same network as timm's ``VisionTransformer``, where images in [0,1] are shifted to [-1,1] before."""
+        half = [0.5] * self.channels
+        return trunk_weights(self, self.stem.proj, self.built_layout.only(), self.channels, half, half)
 
     def sizes(self) -> dict[str, Any]:
         """As every token encoder, and ``patch_values``, the numbers in one patch."""
