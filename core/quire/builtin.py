@@ -123,6 +123,7 @@ def quire_commands(register: Callable) -> None:
     register("reproduce", "quire.reproduce.main", "run a plugin's claim against its controls")
     register("bench", "quire.bench.main", "measure a role's speed on this machine: quire bench language")
     register("consolidate", "quire.sharding.consolidate", "one checkpoint file out of a folder of shards")
+    register("ray", "quire.raytrain.main", "run a config on the workers of a Ray cluster")
     register("harvest", "quire.datasets.activations.harvest.main", "store what a subject holds at a site")
     register("report", "quire.roles.sparse.report.command.main", "one HTML page of what a dictionary's latents fire on")
     register("probe", "quire.roles.probes.command.main", "judge a checkpoint's frozen encoder")

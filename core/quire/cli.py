@@ -10,6 +10,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, NoReturn
 
+import torch
 import yaml
 
 from quire.errors import ConfigError, suggest
@@ -37,22 +38,19 @@ def run(argv: list[str]) -> None:
     )
     before = sys.argv
     sys.argv = [before[0], *argv]  # what DDP's launcher starts again, once per process
+    given = _in_group()  # a launcher such as Ray makes the group and ends it
     try:
         _cli_class(argv[0], words)(_name(argv))
-        _leave_group()
+        if _in_group() and not given:
+            # Lightning ends NCCL's group only, and gloo's threads abort Python when they live at its end. Not after an
+            # error: the other processes would wait for one that is gone
+            torch.distributed.destroy_process_group()
     finally:
         sys.argv = before
 
 
-def _leave_group() -> None:
-    """Give back gloo's threads: Lightning does so for NCCL only, and one that is alive when Python ends aborts it.
-
-    Not after an error: the other processes would wait for one that is gone.
-    """
-    import torch.distributed as group
-
-    if group.is_available() and group.is_initialized():
-        group.destroy_process_group()
+def _in_group() -> bool:
+    return torch.distributed.is_available() and torch.distributed.is_initialized()
 
 
 # ---- argv

@@ -75,6 +75,16 @@ def test_two_processes_give_the_curve_of_one(folder: Path) -> None:
         assert two[name] == pytest.approx(one[name], abs=1e-5), name
 
 
+def test_torchrun_gives_the_curve_of_one(folder: Path) -> None:
+    (folder / "run.yaml").write_text(yaml.safe_dump(CONFIG))
+    bin_ = Path(sys.executable).parent
+    launch = [str(bin_ / "torchrun"), "--standalone", "--nproc_per_node", "2", "--no-python", str(bin_ / "lightning")]
+    process(folder, [*launch, "fit", "-c", "run.yaml", *TWO])
+    one, two = (curve(folder / f"runs/{name}/version_0") for name in ("one", "run"))
+    for name in one:
+        assert two[name] == pytest.approx(one[name], abs=1e-5), name
+
+
 def test_a_finished_run_leaves_no_process_group(folder: Path) -> None:
     """One that is alive when Python ends aborts now and then: "terminate called without an active exception"."""
     code = "import sys, torch.distributed as group\nfrom quire.__main__ import execute\n"

@@ -173,7 +173,7 @@ class Health(Watch):
 
 
 def draw(rows: list[dict[str, Any]], floor: float, file: Path) -> None:
-    """One small curve a number, over epochs; the floor is dashed."""
+    """One small curve a number, over optimizer steps; the floor is dashed."""
     from matplotlib.figure import Figure
     from matplotlib.ticker import MaxNLocator
 
@@ -185,7 +185,7 @@ def draw(rows: list[dict[str, Any]], floor: float, file: Path) -> None:
     for place, name in enumerate(names):
         axes = figure.add_subplot(lines, columns, place + 1)
         for split in dict.fromkeys(row["split"] for row in rows):
-            own = [(row["epoch"], row[name]) for row in rows if row["split"] == split and name in row]
+            own = [(row["step"], row[name]) for row in rows if row["split"] == split and name in row]
             axes.plot([x for x, _ in own], [y for _, y in own], ".-", markersize=4, linewidth=1, label=split)
         if name.startswith("std") and name != "std_pooled":
             axes.axhline(floor, color="#b03a2e", linestyle="--", linewidth=0.8)
@@ -194,7 +194,7 @@ def draw(rows: list[dict[str, Any]], floor: float, file: Path) -> None:
         axes.xaxis.set_major_locator(MaxNLocator(4, integer=True))
         axes.spines[["top", "right"]].set_visible(False)
         if place // columns == lines - 1:
-            axes.set_xlabel("epoch", fontsize=7)
+            axes.set_xlabel("step", fontsize=7)
     figure.savefig(str(file), dpi=140)
 
 
