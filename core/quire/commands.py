@@ -1,4 +1,4 @@
-"""``quire plugins|components|configs|doctor|matrix|new|export``. Only the last, matrix and a full doctor import torch."""
+"""``quire plugins|components|configs|doctor|matrix|new|export``; only the last, matrix and a full doctor need torch."""
 
 from __future__ import annotations
 
@@ -149,7 +149,7 @@ def _machine_checks() -> list[tuple[str, bool, str]]:
 def matrix(argv: list[str]) -> int:
     """Which encoder and decoder fit which objective and sampler, by the roles they declare."""
     options = _parser("matrix", "which parts fit which").parse_args(argv)
-    from quire.matching import class_refusal
+    from quire.matching import asks, class_refusal
 
     registry = load().registry
     by_kind = {kind: [e for e in registry if e.kind == kind] for kind in ("encoder", "decoder", "objective", "sampler")}
@@ -158,9 +158,8 @@ def matrix(argv: list[str]) -> int:
         for slot in ("encoder", "decoder", "objective"):
             for given in by_kind[slot] if slot != needer.kind else ():
                 said = class_refusal(needer.load(), slot, given.load())
-                found.append(
-                    {"part": needer.name, "slot": slot, "with": given.name, "fits": not said, "why": said or ""}
-                )
+                pair = {"part": needer.name, "slot": slot, "with": given.name, "fits": not said, "why": said or ""}
+                found.append({**pair, "asks": asks(needer.load(), slot)})
     if options.json:
         print(json.dumps(found, indent=2))
         return 0
@@ -168,10 +167,13 @@ def matrix(argv: list[str]) -> int:
         names = [e.name for e in by_kind[slot]]
         rows = []
         for needer in [*by_kind["objective"], *by_kind["sampler"]]:
-            fits = {f["with"]: f["fits"] for f in found if f["part"] == needer.name and f["slot"] == slot}
-            rows.append([needer.name, *("yes" if fits[n] else "-" for n in names)])
+            pairs = {f["with"]: f for f in found if f["part"] == needer.name and f["slot"] == slot}
+            if any(f["asks"] for f in pairs.values()):
+                rows.append([needer.name, *("yes" if pairs[n]["fits"] else "-" for n in names)])
         print(table(rows, [f"with {slot}", *names]) + "\n")
-    print("quire matrix --json says why a pair does not fit")
+    print(
+        "A part without a row in a table asks nothing of that slot. quire matrix --json says why a pair does not fit."
+    )
     return 0
 
 

@@ -28,6 +28,11 @@ def refusal(needer: type, slot: str, given: Component | None) -> str | None:
     return _no_capability(needer, slot, holder)
 
 
+def asks(needer: type, slot: str) -> bool:
+    """Whether ``needer`` names a role or a capability of what is in ``slot``."""
+    return slot in needed_roles(needer) or bool(getattr(needer, "requires", {}).get(slot))
+
+
 def class_refusal(needer: type, slot: str, given: type) -> str | None:
     """The same for classes, nothing built: what ``quire matrix`` prints."""
     role = needed_roles(needer).get(slot)
@@ -35,7 +40,27 @@ def class_refusal(needer: type, slot: str, given: type) -> str | None:
     declared = entry is not None and role is not None and role.__name__ in entry.role  # it may hold one inside
     if role is not None and not issubclass(given, role) and not declared:
         return _no_role(needer, slot, role, given)
-    return _no_capability(needer, slot, given)
+    return _no_capability(needer, slot, given) or _no_data(needer, given)
+
+
+def _no_data(needer: type, given: type) -> str | None:
+    """No kind of data has what both read, as far as the classes say it."""
+    reads = [_fields(part) for part in (needer, given)]
+    offers = [_fields(entry.load()) for entry in load().registry if entry.kind == "data"]
+    if not all(reads) or any(all(has(offered, w) for w in (*reads[0], *reads[1])) for offered in offers):
+        return None
+    asked = [" and ".join(r).replace("|", " or ") for r in reads]
+    return f"{needer.__name__} reads {asked[0]}, {given.__name__} reads {asked[1]}: no installed data offers both"
+
+
+def _fields(part: type) -> tuple[str, ...]:
+    found = getattr(part, "fields", ())
+    return found if isinstance(found, tuple) else ()
+
+
+def has(offered: tuple[str, ...], wanted: str) -> bool:
+    """Whether a field, or one of ``a|b``, is offered."""
+    return any(name in offered for name in wanted.split("|"))
 
 
 def _no_role(needer: type, slot: str, role: type, given: type | None) -> str:
@@ -73,7 +98,7 @@ def check_fields(model: Model, offered: tuple[str, ...], source: str, stage: str
     idle = {id(m) for slot in unused if (part := getattr(model, slot)) is not None for m in part.modules()}
     for part in model.components():
         for wanted in part.reads(stage) if id(part) not in idle else ():
-            if not any(name in offered for name in wanted.split("|")):
+            if not has(offered, wanted):
                 either = wanted.replace("|", " or ")
                 raise ConfigError(
                     f"{type(part).__name__} reads the field {either}; {source} offers {', '.join(offered) or 'none'}"

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import inspect
+import io
+import itertools
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -12,7 +15,7 @@ import yaml
 
 from quire.contracts import SLOTS
 from quire.errors import ConfigError, QuireError
-from quire.matching import class_refusal
+from quire.matching import check_fields, class_refusal, has
 from quire.plugins import load
 from quire.registry import Entry
 from quire.testing.trial import Trial, tiny_of
@@ -20,11 +23,12 @@ from quire.testing.trial import Trial, tiny_of
 Config = dict[str, Any]
 
 
-def mix(named: Mapping[str, list[str]]) -> Config:
+def mix(named: Mapping[str, list[str]], run: bool = True) -> Config:
     """A run with the named parts, the rest filled from their own smallest examples; three steps of it were taken.
 
     Args:
         named: Component names by slot: encoder, decoder, objective (several become a ``Sum``), sampler, data.
+        run: Whether to take the steps; False only builds the model and compares what it reads with the data.
 
     Raises:
         ConfigError: an unknown name or one of another kind, or the reason why these parts can't work together.
@@ -37,16 +41,24 @@ def mix(named: Mapping[str, list[str]]) -> Config:
     said: list[str] = []
     for config in _candidates(chosen, anchors, wrapped):
         try:
-            trial = Trial(config)
-            trial.ran()
-            if "sampler" in config["model"]:
-                trial.predicted()
+            with contextlib.redirect_stdout(io.StringIO()):  # what callbacks of the run say
+                _try(Trial(config), "sampler" in config["model"], run)
             return config
         except QuireError as error:
             said.append(str(error))
         except Exception as error:  # shapes that no part checks
             said.append(f"{' with '.join(e.name for e in anchors)}: {type(error).__name__}: {error}".split("\n")[0])
     raise ConfigError(said[0])
+
+
+def _try(trial: Trial, sampler: bool, run: bool) -> None:
+    if run:
+        trial.ran()
+        if sampler:
+            trial.predicted()
+        return
+    made = trial.made()
+    check_fields(made.model, made.data.offered(), type(made.data).__name__, "fit")
 
 
 def _of_kind(name: str, slot: str) -> Entry:
@@ -74,10 +86,11 @@ def _refuse_pairs(chosen: Mapping[str, list[Entry]]) -> bool:
 def _candidates(chosen: Mapping[str, list[Entry]], anchors: list[Entry], pooled: bool) -> Iterator[Config]:
     """Runs worth a try: each anchor's smallest example with the named parts in their places, likeliest first."""
     examples = [tiny_of(anchor.load()) for anchor in anchors]
-    sources = [tiny_of(e.load())["data"] for e in chosen.get("data", ())] or [e["data"] for e in examples]
-    seen = []
-    for example in examples:
-        for source in sorted(sources, key=lambda source: source != example["data"]):
+    sources = [tiny_of(e.load())["data"] for e in chosen.get("data", ())]
+    others = () if sources else _covering(anchors)
+    seen: list[Config] = []
+    for source in itertools.chain(sources or [e["data"] for e in examples], others):
+        for example in sorted(examples, key=lambda example: example["data"] != source):
             for adapt in (False, True):
                 for rest in [example["model"], *(e["model"] for e in examples if e is not example)]:
                     model = _filled(chosen, example["model"], rest, adapt, pooled)
@@ -87,6 +100,15 @@ def _candidates(chosen: Mapping[str, list[Entry]], anchors: list[Entry], pooled:
                         if config not in seen and kept.get("objective"):
                             seen.append(config)
                             yield copy.deepcopy(config)
+
+
+def _covering(anchors: list[Entry]) -> Iterator[Any]:
+    """Other data that has every field the parts read, as its own example sets it up."""
+    wanted = [w for anchor in anchors for w in getattr(anchor.load(), "fields", ())]
+    for entry in load().registry:
+        fields = entry.load().__dict__.get("fields", ()) if entry.kind == "data" else ()  # type: ignore[attr-defined]
+        if fields and all(has(fields, w) for w in wanted):
+            yield tiny_of(entry.load())["data"]
 
 
 def _filled(chosen: Mapping[str, list[Entry]], base: Config, rest: Config, adapt: bool, pooled: bool) -> Config:
@@ -135,10 +157,9 @@ def command(argv: list[str]) -> int:
 
     parser = Arguments(prog="quire mix", description="a config that puts named parts together, tried for three steps")
     for slot in (*SLOTS, "data"):
-        several = {"nargs": "+"} if slot == "objective" else {}
-        parser.add_argument(
-            f"--{slot}", help=f"name of the {slot}" + " (several: their sum)" * bool(several), **several
-        )
+        several = slot == "objective"
+        what = f"name of the {slot}" + " (several: their sum)" * several
+        parser.add_argument(f"--{slot}", help=what, nargs="+" if several else None)
     parser.add_argument("-o", "--output", help="write the YAML here instead of printing it")
     options = parser.parse_args(argv)
     given = {slot: getattr(options, slot) for slot in (*SLOTS, "data")}

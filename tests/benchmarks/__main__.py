@@ -5,7 +5,24 @@ from __future__ import annotations
 import argparse
 import os
 
-from tests.benchmarks import aggressive, context, first, harvest, loop, sparse_speed, startup, tokens, universal
+from tests.benchmarks import (
+    aggressive,
+    ariel,
+    context,
+    dae_score,
+    dkvb,
+    first,
+    harvest,
+    loop,
+    memory,
+    multimodal,
+    pipeline,
+    shipped,
+    sparse_speed,
+    startup,
+    tokens,
+    universal,
+)
 from tests.benchmarks.clock import machine
 
 BENCHMARKS = {
@@ -16,8 +33,15 @@ BENCHMARKS = {
     "first": first.main,
     "aggressive": aggressive.main,
     "universal": universal.main,
+    "ariel": ariel.main,
+    "dae-score": dae_score.main,
+    "dkvb": dkvb.main,
     "sparse": sparse_speed.main,
     "harvest": harvest.main,
+    "multimodal": multimodal.main,
+    "memory": memory.main,
+    "pipeline": pipeline.main,
+    "shipped": shipped.main,
 }
 COMPARED = ("tokens", "sparse")
 """Those that ``--peers`` adds arms to."""

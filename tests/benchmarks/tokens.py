@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 from tests.benchmarks.clock import milliseconds, ratio, table
-from tests.benchmarks.turns import MIB, Arm, Turns, serve
+from tests.benchmarks.turns import Arm, Turns, serve
 
 ROOT = Path(__file__).parents[2]
 SIZES: dict[str, Any] = {
@@ -172,10 +172,6 @@ def main(peers: bool = False, repeats: int = 10, warmup: int = 2) -> None:
     gap = max(abs(a - b) for a, b in zip(plain.losses[:10], arms["quire"].losses[:10]))
     verdict = "the same training" if gap <= 1e-5 else "VOID: not the same training"
     print(f"  largest difference of the first 10 losses: {gap:.1e}, {verdict}")
-    gradients = sum(p.numel() for p in quire_model().parameters()) * 4 / MIB
-    print(
-        f"  Lightning frees the last gradients ({gradients:.0f} MiB) only after the forward pass, a hand loop before it"
-    )
 
 
 if __name__ == "__main__":

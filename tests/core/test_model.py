@@ -270,6 +270,23 @@ def test_each_player_may_have_its_own_optimizer_and_schedule(tmp_path):
         )
 
 
+@pytest.mark.parametrize("pieces", [1, 2])
+def test_the_last_gradients_are_gone_before_the_next_forward_and_accumulated_ones_stay(tmp_path, pieces):
+    held, stepped = [], []
+
+    class Spy(pl.Callback):
+        def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
+            held.append(any(p.grad is not None for p in pl_module.parameters()))
+
+        def on_before_optimizer_step(self, trainer, pl_module, optimizer):
+            stepped.append(all(p.grad is not None for p in pl_module.parameters()))
+
+    model = Model(encoder=Line(), objective=Guess())
+    fitted(tmp_path, model, callbacks=[Spy()], accumulate_grad_batches=pieces, limit_train_batches=4)
+    assert held == [bool(i % pieces) for i in range(4)]
+    assert stepped == [True] * (4 // pieces)
+
+
 def test_callbacks_see_the_outputs_of_a_training_step(tmp_path):
     seen = []
 

@@ -54,6 +54,21 @@ def test_the_whole_picture_is_left_as_it_is():
     assert torch.equal(read(batch["semantic"], whole), batch["semantic"])
 
 
+def test_bicubic_is_the_cubic_resize_of_the_box_and_stays_within_the_sample():
+    """Reading the left upper quarter at full size is what torch's bicubic resize of that quarter gives, edges aside."""
+    image = torch.rand(2, 3, 16, 16, generator=stream())
+    quarter = torch.tensor([[-0.5, -0.5, 0.5, 0.5]]).expand(2, -1)
+    made = read(image, quarter, "bicubic")
+    want = torch.nn.functional.interpolate(image, scale_factor=2, mode="bicubic", align_corners=False)[..., :16, :16]
+    low, high = image.amin((1, 2, 3), keepdim=True), image.amax((1, 2, 3), keepdim=True)
+    assert torch.allclose(made, want.clamp(low, high), atol=1e-5)
+    assert not torch.allclose(made, read(image, quarter), atol=1e-2)
+    steps = (torch.rand(4, 1, 16, 16, generator=stream()) > 0.5).float()  # cubic curves overshoot at these
+    part = RandomResizedCrop([0.2, 0.6], interpolation="bicubic")
+    cut = part({"image": steps, "semantic": torch.ones(4, 4, 4, dtype=torch.long)}, stream())
+    assert cut["image"].min() >= 0 and cut["image"].max() <= 1 and (cut["semantic"] == 1).all()
+
+
 def test_flips_mirror_every_field_of_the_chosen_samples():
     batch = {**ramps(400), "label": torch.arange(400), "index": torch.arange(400)}
     made = RandomFlip(0.25)(batch, stream())
@@ -79,6 +94,7 @@ def test_same_seed_same_draws_and_a_batch_without_pictures_passes():
         (lambda: RandomResizedCrop([0.0, 1.0]), "scale must be two shares"),
         (lambda: RandomResizedCrop([0.5, 0.2]), "scale must be two shares"),
         (lambda: RandomResizedCrop(ratio=[2.0, 1.0]), "ratio must be two numbers"),
+        (lambda: RandomResizedCrop(interpolation="area"), "interpolation is bilinear or bicubic, got 'area'"),
         (lambda: RandomFlip(1.5), r"p must be in \[0, 1\], got 1.5"),
     ],
 )

@@ -119,6 +119,34 @@ def test_corrupt_files_stop_or_are_named_and_counted(tmp_path: Path) -> None:
         list(lenient.loader(part))
 
 
+def test_a_file_cut_between_others_stops_the_epoch_at_its_batch_and_is_named(tmp_path: Path) -> None:
+    for i in range(10):
+        draw(tmp_path / f"{i}.png", seed=i)
+    data = ImageFolder(str(tmp_path), size=6, batch_size=2, test_fraction=0.2)
+    bad = data.dataset("train").source.files[int(data.dataset("train").places[5])]
+    bad.write_bytes(bad.read_bytes()[:80])
+    seen = []
+    with pytest.raises(DataError, match=rf"{bad.name} can't be read as an image .* set data.corrupt: skip"):
+        seen.extend(i for batch in data.loader("train") for i in batch["index"].tolist())
+    assert seen == [0, 1, 2, 3]
+
+
+@pytest.mark.parametrize("channels", [1, 3])
+def test_rgba_grey_and_palette_files_become_the_channels_asked_for(tmp_path: Path, channels: int) -> None:
+    values = np.random.default_rng(0).integers(0, 256, (8, 8), dtype=np.uint8)
+    grey = Image.fromarray(values)
+    colour = Image.merge("RGB", [grey] * 3)
+    see_through = colour.copy()
+    see_through.putalpha(Image.fromarray(255 - values))
+    for name, image in (("a", grey), ("b", colour), ("c", see_through), ("d", see_through.convert("LA"))):
+        image.save(tmp_path / f"{name}.png")
+    grey.convert("P").save(tmp_path / "e.png")
+    data = ImageFolder(str(tmp_path), channels=channels, test_fraction=0.2, batch_size=8)
+    found = torch.cat([b["image"] for part in ("train", "test") for b in data.loader(part)])
+    want = torch.from_numpy(values).float().div(255).expand(5, channels, -1, -1)
+    torch.testing.assert_close(found, want, atol=1.1 / 255, rtol=0)  # alpha is left away; rounding of one step
+
+
 def test_images_of_several_sizes_need_a_size(tmp_path: Path) -> None:
     for i in range(6):
         draw(tmp_path / f"{i}.png", (12, 9) if i % 2 else (9, 12), i)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import shlex
 from pathlib import Path
 
 import pytest
@@ -23,6 +24,12 @@ def named(value: object) -> set[str]:
     if isinstance(value, list):
         return set().union(*map(named, value))
     return {str(value)}
+
+
+def before(recipe: Path) -> list[list[str]]:
+    """The commands that must have run, such as a pretraining: lines ``# first: lightning fit …``."""
+    lines = (line.partition("# first: ") for line in recipe.read_text(encoding="utf-8").splitlines())
+    return [shlex.split(command)[1:] for start, mark, command in lines if mark and not start]
 
 
 def losses(folder: Path) -> list[float]:
@@ -52,8 +59,10 @@ def test_the_loss_falls_and_the_model_predicts(recipe: Path, tmp_path: Path, mon
         if word.startswith("$QUIRE_DATA/") and not expand(word).exists():
             pytest.skip(f"needs {word}, which is not here")
     monkeypatch.chdir(tmp_path)
+    for command in before(recipe):
+        assert execute(command) == 0, command
     assert execute(["fit", "-c", str(recipe)]) == 0
-    found = losses(tmp_path)
+    found = losses(tmp_path / "runs" / recipe.stem)
     assert len(found) >= 4, "log more often: trainer.log_every_n_steps"
     assert sum(found[-2:]) < sum(found[:2])
     if content["model"].get("sampler") or content["model"].get("encoder"):

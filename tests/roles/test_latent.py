@@ -23,7 +23,11 @@ from quire.roles.latent.mlp import MlpVectorDecoder, MlpVectorEncoder
 from quire.roles.latent.pca import PCAEncoder
 from quire.roles.latent.plain import FlatPixels, Pooled
 from quire.roles.reconstruction import Reconstruction
+from quire.roles.sparse.encoder import SparseEncoder
+from quire.roles.sparse.selectors import TopK
 from quire.roles.tokens.contract import Layout, Segment, TokenEncoder, Tokens
+from quire.roles.tokens.vit import ViTEncoder
+from quire.testing.assembly import make, parse
 
 
 def images(size: tuple[int, int] = (28, 28), channels: int = 1, count: int = 3) -> torch.Tensor:
@@ -207,6 +211,31 @@ def test_class_pooling_takes_the_class_token_or_names_the_encoder() -> None:
     assert torch.allclose(encoder({"image": x}).vector, x[:, 0].sum(1))
     with pytest.raises(ConfigError, match="Patches has no class token"):
         made(Pooled(Patches(), "class"), spec((4, 6)))
+
+
+def test_sparse_codes_are_pooled_as_dense_rows() -> None:
+    encoder = made(Pooled(SparseEncoder(12, TopK(2), init="zeros")), Spec(width=6))
+    x, mask = torch.randn(2, 3, 6), torch.tensor([[True, True, False], [True] * 3])
+    dense = encoder.encoder({"activation": x}).dense()
+    assert torch.allclose(encoder({"activation": x, "mask": mask}).vector[0], dense[0, :2].mean(0))
+    assert torch.allclose(encoder({"activation": x}).vector, dense.mean(1))
+    assert torch.allclose(encoder({"activation": x[0]}).vector, dense[0])
+    assert encoder.sizes()["width"] == 12
+
+
+def test_pixels_are_not_pooled_and_the_encoder_is_named() -> None:
+    with pytest.raises(ConfigError, match="Pooled needs an encoder of tokens or sparse codes; FlatPixels gives none"):
+        Pooled(FlatPixels())
+
+
+def test_a_pretrained_encoder_may_stand_in_pooled_by_yaml(tmp_path: Path) -> None:
+    model = Model(encoder=ViTEncoder(2, 16, 1, 2), spec=spec((8, 8)))
+    model.configure_model()
+    path = str(quire.export(model, tmp_path / "vit"))
+    inner = {"class_path": "Pretrained", "init_args": {"path": path}}
+    run = {"encoder": {"class_path": "Pooled", "init_args": {"encoder": inner}}, "objective": "Classify"}
+    loaded = make(parse({"model": run, "data": "Digits"})).model.encoder
+    assert isinstance(loaded.encoder, ViTEncoder) and loaded.encoder.frozen
 
 
 def test_the_token_encoder_inside_stays_reachable() -> None:

@@ -5,14 +5,17 @@ from __future__ import annotations
 import json
 import math
 import warnings
+from pathlib import Path
 
 import lightning.pytorch as pl
 import pytest
 import torch
+import yaml
 from lightning.pytorch.loggers import CSVLogger
 from tests.core.toys import Guess, Line, Toy
 
 from quire import ConfigError, Encoder, Losses, Model, Objective, Sum
+from quire.plugins import load
 from quire.roles.latent import VectorCodes
 from quire.roles.probes.geometry import Moments, agreement, alignment, effective_rank, uniformity
 from quire.roles.probes.health import Health, _dead
@@ -104,6 +107,13 @@ def test_a_view_of_words_replaces_a_share_of_real_words_by_others_of_the_batch()
     assert not changed[:, 30:].any() and not changed[:, 0].any()
     assert changed[:, 1:30].double().mean() == pytest.approx(0.2, abs=0.03)
     assert set(view.unique().tolist()) <= set(ids.unique().tolist())
+
+
+def test_modalities_beside_or_without_an_image_are_changed_too():
+    batch = {"depth": torch.randn(4, 1, 8, 8) * 7, "edges": torch.rand(4, 1, 8, 8), "semantic": torch.zeros(4, 8, 8)}
+    view = perturb(batch, 0.1, torch.Generator().manual_seed(0))
+    assert 0.3 < (view["depth"] - batch["depth"]).std() < 1.1 and not torch.equal(view["edges"], batch["edges"])
+    assert view["edges"].min() >= 0 and view["semantic"] is batch["semantic"]
 
 
 def test_a_batch_without_inputs_that_can_change_has_no_view():
@@ -245,3 +255,28 @@ def test_no_labels_are_needed(tmp_path):
 def test_values_out_of_range_are_refused(bad):
     with pytest.raises(ConfigError, match="Health needs floor and noise of at least 0 and max_samples of at least 3"):
         Health(**bad)
+
+
+# ---- in the shipped configs
+PRETRAINING = ("PositionPrediction", "MaskedReconstruction", "ContextAutoencoding", "MaskedMultiTask")
+
+
+def unwatched(configs):
+    """Configs that pretrain an encoder without labels and don't list Health."""
+    found = []
+    for name, path in configs.items():
+        content = yaml.safe_load(path.read_text(encoding="utf-8"))
+        objective = json.dumps((content.get("model") or {}).get("objective"))
+        listed = json.dumps((content.get("trainer") or {}).get("callbacks"))
+        if any(f'"{o}"' in objective for o in PRETRAINING) and '"Health"' not in listed:
+            found.append(name)
+    return found
+
+
+def test_every_shipped_config_that_pretrains_is_watched(tmp_path):
+    own = {p.stem: p for p in (Path(__file__).parents[2] / "configs").rglob("*.yaml")}
+    shipped = {**load().configs(), **own}
+    assert "quickstart" in shipped and unwatched(shipped) == []
+    bare = tmp_path / "bare.yaml"
+    bare.write_text("model: {objective: {class_path: Sum, init_args: {objectives: [PositionPrediction]}}}")
+    assert unwatched({"bare": bare}) == ["bare"]

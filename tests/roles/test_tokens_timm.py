@@ -51,6 +51,42 @@ def test_all_tokens_equal_timm_forward_features(name: str, options: dict[str, An
         torch.testing.assert_close(encoder(batch, context=everything).joined(), want, atol=1e-5, rtol=0)
 
 
+class Chosen(torch.nn.Module):
+    """Stands where timm drops patches, and keeps those it is told: its own way to run on a subset."""
+
+    def __init__(self, keep: torch.Tensor, prefix: int, told: bool) -> None:
+        super().__init__()
+        self.keep, self.prefix, self.told = keep, prefix, told
+
+    def forward(self, x: torch.Tensor) -> Any:
+        kept = x[:, self.prefix :].gather(1, self.keep[..., None].expand(-1, -1, x.shape[-1]))
+        kept = torch.cat([x[:, : self.prefix], kept], 1)
+        return (kept, self.keep) if self.told else kept
+
+
+@pytest.mark.parametrize(
+    ("name", "options", "prefix"),
+    [
+        ("vit_tiny_patch16_224", {}, 1),
+        ("vit_small_patch14_reg4_dinov2", {"patch_size": 16}, 5),
+        ("vit_small_patch16_dinov3", {}, 5),
+        ("eva02_tiny_patch14_224", {"patch_size": 16}, 1),
+        ("vit_small_patch16_rope_224", {}, 1),
+        ("vit_small_patch16_rope_mixed_224", {}, 1),
+    ],
+)
+@torch.no_grad()
+def test_kept_tokens_equal_timm_s_own_on_a_subset(name: str, options: dict[str, Any], prefix: int) -> None:
+    """The prefix stays, and each kept token is turned by the angle of its own place, in an order that isn't sorted."""
+    encoder = made(name, **options)
+    image, keep = torch.rand(2, 3, 32, 48), torch.tensor([[4, 0, 5], [1, 3, 2]])
+    codes = encoder({"image": image}, keep=keep)
+    encoder.vit.patch_drop = Chosen(keep, prefix, encoder.rotary)
+    want = encoder.vit.forward_features(encoder.normalise(image))
+    torch.testing.assert_close(codes.joined(), want, atol=1e-5, rtol=0)
+    assert codes.prefix.shape[1] == prefix == encoder.prefix_tokens and torch.equal(codes.index, keep)
+
+
 def test_state_dicts_convert_both_ways_without_a_loss() -> None:
     import timm
 

@@ -40,8 +40,8 @@ def tree(tmp_path):
 KINDS = {"image": "rgb", "depth": "depth", "semantic": "classes:5"}
 
 
-def folders(tree, **more):
-    return PairedFolders(str(tree), KINDS, stride_levels={"semantic": 4}, batch_size=4, **more)
+def folders(tree, batch_size=4, **more):
+    return PairedFolders(str(tree), KINDS, stride_levels={"semantic": 4}, batch_size=batch_size, **more)
 
 
 def test_digits_have_exact_edges_and_levels():
@@ -108,6 +108,24 @@ def test_a_sample_without_one_modality_is_named_or_left_out(tree):
         folders(tree).dataset("train")
     with pytest.warns(UserWarning, match="left out"):
         assert len(folders(tree, unpaired="skip").dataset("train")) == 3
+
+
+@pytest.mark.parametrize("modality", ["image", "depth"])
+def test_a_file_cut_in_the_middle_of_an_epoch_is_named_or_its_sample_left_out(tree, modality):
+    file = tree / "train" / modality / "a" / "2.png"
+    file.write_bytes(file.read_bytes()[:60])
+    seen = []
+    batches = iter(folders(tree, batch_size=1).loader("train"))
+    with pytest.raises(DataError, match=r"a/2.png can't be read .*set data.corrupt: skip"):
+        seen.extend(int(batch["index"]) for batch in batches)
+    assert seen == [0]  # a/0 came before it
+    with pytest.warns(
+        UserWarning, match=rf"1 of 4 train samples can't be read and are left out: \S*{modality}/a/2.png"
+    ):
+        data = folders(tree, corrupt="skip").dataset("train")
+    assert len(data) == 3 and [f["image"].stem for f in data.files] == ["0", "1", "3"]
+    with pytest.raises(ConfigError, match="data.corrupt error or skip, got error, error and drop"):
+        folders(tree, corrupt="drop")
 
 
 def test_depth_that_is_not_finite_is_counted_or_masked(tree):

@@ -102,21 +102,35 @@ def test_order_of_modalities_permutes_and_does_not_change_outputs():
         torch.testing.assert_close(a.values[:, s.start : s.stop], b.values[:, t.start : t.stop], atol=1e-5, rtol=0)
 
 
-def test_targets_at_visible_cells_do_not_count_unless_asked():
-    for visible_too in (False, True):
-        made = model(objective=MaskedMultiTask(masking=DirichletMask(6), loss_on_visible=visible_too, pictures=0))
-        data = batch()
-        subset = DirichletMask(6).draw(made.encoder.layout(data), 3, None, torch.Generator().manual_seed(1))
-        masked = ~subset.kept()[:, :6]
-        predicted = torch.zeros(3, 6, 16)
-        kept = (~masked).reshape(3, 2, 3).repeat_interleave(4, 1).repeat_interleave(4, 2)[:, None]
-        changed = {**data, "image": torch.where(kept, 1 - data["image"], data["image"])}
-        chosen = None if visible_too else masked
-        before, _ = made.objective.loss("image", predicted, data, chosen)
-        after, _ = made.objective.loss("image", predicted + 0.1, changed, chosen)
-        same, _ = made.objective.loss("image", predicted + 0.1, data, chosen)
-        assert torch.isclose(after, same) != visible_too or not kept.any()
-        assert before >= 0
+@pytest.mark.parametrize("visible_too", [False, True])
+def test_targets_at_visible_cells_do_not_count_unless_asked(visible_too):
+    """What the encoder saw is judged or not by the objective's own draw, seen in its outputs."""
+    made = model(objective=MaskedMultiTask(masking=DirichletMask(9), loss_on_visible=visible_too, pictures=0))
+    data = batch()
+    made._rekey("val", 0, 0)
+    losses = made.objective(made, data)
+    subset, predictions = losses.outputs["subset"], losses.outputs["predictions"]
+    touched = 0
+    for s in made.encoder.layout(data).segments:
+        kept = subset.kept()[:, s.start : s.stop].reshape(3, *s.grid)
+        assert kept.any() and not kept.all()
+        kept = kept.repeat_interleave(s.patch[0], 1).repeat_interleave(s.patch[1], 2)
+        kept = kept if data[s.field].ndim == 3 else kept[:, None]
+        for where, counts in ((kept, visible_too), (~kept, True)):
+            value = (data[s.field] + 1) % 5 if s.field == "semantic" else 1 - data[s.field]
+            changed = {**data, s.field: torch.where(where, value, data[s.field])}
+            judged = _judged(made, predictions, changed)
+            assert (judged[s.name] != losses[s.name]) == counts, (s.name, counts)
+            touched += 1
+    assert touched == 6
+
+
+def _judged(made, predictions, data):
+    """The objective's losses of another batch for the same predictions and the same draw."""
+    made._rekey("val", 0, 0)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(made.decoder, "forward", lambda *_: predictions)
+        return made.objective(made, data)
 
 
 def test_absent_modalities_work_one_by_one():
@@ -145,6 +159,26 @@ def test_a_fully_visible_modality_and_zero_masked_tokens_add_no_loss_and_keep_th
     total.backward()
     assert float(total.detach()) == 0
     assert all(torch.isfinite(p.grad).all() for p in made.parameters() if p.grad is not None)
+
+
+def test_an_odd_grid_trains():
+    spec = Spec({**SPEC, "image_size": [12, 20]})  # 3x5 cells a modality
+    made = Model(
+        encoder=MultiModalViT(modalities(), **SMALL),
+        decoder=MultiTaskDecoder(width=16, heads=2, depth=1),
+        objective=MaskedMultiTask(masking=DirichletMask(7), pictures=0),
+        spec=spec,
+    )
+    made.configure_model()
+    data = {
+        "image": torch.rand(2, 1, 12, 20),
+        "depth": torch.rand(2, 1, 12, 20),
+        "semantic": torch.randint(5, (2, 6, 10)),
+    }
+    losses = made.objective(made, data)
+    sum(losses.values()).backward()
+    assert losses.outputs["codes"].values.shape[1] == 7
+    assert all(p.grad is not None and torch.isfinite(p.grad).all() for p in made.parameters())
 
 
 def test_all_tokens_of_one_modality_dropped():
@@ -254,26 +288,50 @@ def test_cross_modal_needs_only_what_is_shown():
         CrossModal({"image": "none"})._shares(["image"])
 
 
-def test_a_timm_vit_goes_in_and_comes_out_with_the_same_answers():
+@pytest.mark.parametrize("tokens", [0, 1, 3])
+@torch.no_grad()
+def test_one_modality_goes_to_timm_with_the_same_answers(tokens):
     from timm.models.vision_transformer import VisionTransformer
 
-    from quire_multimae.convert import from_timm, to_timm
-
-    spec = Spec({"image_size": [8, 8], "channels": 3})
-    encoder = MultiModalViT({"image": PatchAdapter(4), "edges": PatchAdapter(4, channels=1)}, final_norm=True, **SMALL)
+    spec = Spec({"image_size": [8, 12], "channels": 3})
+    adapters = {
+        "edges": PatchAdapter(4, channels=1, mean=0.2),
+        "image": PatchAdapter(4, mean=[0.1, 0.2, 0.3], std=0.5),
+        "semantic": ClassMapAdapter(4, 2, classes=3),
+    }
+    encoder = MultiModalViT(adapters, global_tokens=tokens, final_norm=tokens == 1, **SMALL)
     build(encoder, spec)
+    encoder.eval()
+    for name, channels in (("image", 3), ("edges", 1)):
+        weights = encoder.to_timm(name)
+        vit = VisionTransformer(**weights.arguments).eval()
+        vit.load_state_dict(weights.state, strict=True)
+        value = torch.rand(2, channels, 8, 12)
+        mean, std = (torch.tensor(v).view(1, -1, 1, 1) for v in (weights.mean, weights.std))
+        want = encoder({name: value}).joined()
+        torch.testing.assert_close(vit.forward_features((value - mean) / std), want, atol=1e-5, rtol=1e-5)
+    with pytest.raises(ConfigError, match="'semantic' is no modality with a PatchAdapter; there are: edges, image"):
+        encoder.to_timm("semantic")
+
+
+def test_a_timm_vit_goes_in():
+    from timm.models.vision_transformer import VisionTransformer
+
+    from quire_multimae.convert import from_timm
+
     shape = {"img_size": 8, "patch_size": 4, "embed_dim": 16, "depth": 2, "num_heads": 2, "num_classes": 0}
-    vit = VisionTransformer(**shape).eval()
-    vit.load_state_dict(to_timm(encoder), strict=True)
-    image = torch.rand(2, 3, 8, 8)
-    ours = encoder.eval()({"image": image})
-    torch.testing.assert_close(vit.forward_features(image), ours.joined(), atol=1e-5, rtol=1e-5)
-    other = MultiModalViT({"image": PatchAdapter(4)}, final_norm=True, **SMALL)
+    vit, spec, image = (
+        VisionTransformer(**shape).eval(),
+        Spec({"image_size": [8, 8], "channels": 3}),
+        torch.rand(2, 3, 8, 8),
+    )
+    first, other = (MultiModalViT({"image": PatchAdapter(4)}, final_norm=True, **SMALL) for _ in range(2))
+    build(first, spec)
     build(other, spec)
+    vit.load_state_dict(first.to_timm().state)
     from_timm(other, vit.state_dict())
-    torch.testing.assert_close(other.eval()({"image": image}).joined(), ours.joined(), atol=1e-5, rtol=1e-5)
-    with pytest.raises(ConfigError, match="is no modality with a PatchAdapter"):
-        to_timm(encoder, "depth")
+    want = vit.forward_features(image)
+    torch.testing.assert_close(other.eval()({"image": image}).joined(), want, atol=1e-5, rtol=1e-5)
 
 
 def layout_of(data, **more):

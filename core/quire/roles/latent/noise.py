@@ -50,11 +50,11 @@ class CoordinateNoise(Part):
         std = self.std if std is None else std
         if std == 0 or self.probability == 0:
             return values
-        draw = {"generator": generator, "device": values.device, "dtype": values.dtype}
-        noise = std * torch.randn(values.shape, **draw)  # type: ignore[call-overload]
+        draw: dict[str, Any] = {"generator": generator, "device": values.device, "dtype": values.dtype}
+        noise = std * torch.randn(values.shape, **draw)
         if self.probability < 1:
             rows = (len(values), *[1] * (values.ndim - 1))
-            noise = noise * (torch.rand(rows, **draw) < self.probability)  # type: ignore[call-overload]
+            noise = noise * (torch.rand(rows, **draw) < self.probability)
         noisy = values + noise
         if not self.renormalise:
             return noisy

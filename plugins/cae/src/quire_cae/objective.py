@@ -57,7 +57,7 @@ class ContextAutoencoding(Objective):
     """
 
     encoder: TokenEncoder
-    requires = {"encoder": frozenset({"subset"})}
+    requires = {"encoder": frozenset({"subset", "grid"})}
 
     def __init__(
         self,

@@ -6,12 +6,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from lightning.pytorch import Callback
-from lightning.pytorch.strategies import DDPStrategy, SingleDeviceStrategy
 from torch import Tensor
 
-from quire.errors import ConfigError
-from quire.matching import refusal
+from quire.contracts import Batch
+from quire.roles.pictures import EndPictures
 from quire.roles.tokens.contract import Segment, TokenEncoder
 from quire.roles.tokens.patches import patchify, unpatchify
 from quire_cae.decoder import MaskedTokenDecoder
@@ -21,7 +19,7 @@ from quire_cae.objective import ContextAutoencoding
 COLUMNS = ("image", "what the encoder saw", "predicted tokens", "true tokens")
 
 
-class CompletedImages(Callback):
+class CompletedImages(EndPictures):
     """Draw images, their visible patches, and the masked ones as predicted and as they are in tokens. Chen et al. 2022.
 
     ``ContextAutoencoding`` brings one along where its target can be painted (``KMeansPatches``); list it to change its
@@ -42,11 +40,7 @@ class CompletedImages(Callback):
     objective: ContextAutoencoding
 
     def __init__(self, images: int = 6, file: str = "completed.png", seed: int = 0) -> None:
-        super().__init__()
-        if images < 1:
-            raise ConfigError(f"CompletedImages.images must be at least 1, got {images}")
-        self.images, self.file, self.seed = images, file, seed
-        self._seen: dict[str, Tensor] = {}
+        super().__init__(images, file, seed)
 
     @classmethod
     def tiny(cls) -> dict[str, Any]:
@@ -54,45 +48,15 @@ class CompletedImages(Callback):
         callback = {"class_path": "CompletedImages", "init_args": {"images": 2}}
         return {**tiny_run(), "trainer": {"callbacks": [callback]}}
 
-    def setup(self, trainer: Any, pl_module: Any, stage: str) -> None:
-        """Refuse another objective."""
-        said = refusal(type(self), "objective", pl_module.objective)  # type: ignore[arg-type]
-        if said:
-            raise ConfigError(said)
-
-    def on_train_batch_start(self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int) -> None:
-        """Keep the first images, in case there is no validation."""
-        self._keep("train", batch)
-
-    def on_validation_batch_start(
-        self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int, dataloader_idx: int = 0
-    ) -> None:
-        """Keep the first images."""
-        self._keep("val", batch)
-
-    def _keep(self, split: str, batch: Any) -> None:
-        if split not in self._seen and isinstance(batch.get("image"), Tensor):
-            self._seen[split] = batch["image"][: self.images].clone()
-
-    @torch.no_grad()
-    def on_train_end(self, trainer: Any, pl_module: Any) -> None:
+    def draw(self, model: Any, batch: Batch, folder: Path) -> dict[Path, str]:
         """Mask, predict, paint, draw."""
-        folder = Path(trainer.log_dir or trainer.default_root_dir)  # asked on every rank: it waits for rank 0
-        image, segment = self._seen.get("val", self._seen.get("train")), _grid(pl_module)
-        objective = pl_module.find(ContextAutoencoding)
-        here = trainer.is_global_zero and isinstance(trainer.strategy, (SingleDeviceStrategy, DDPStrategy))
-        paint = getattr(objective.target, "paint", None)
-        if image is None or segment is None or paint is None or not here:  # a sharded model can't run on one rank
-            return
-        training = pl_module.training
-        pl_module.eval()
-        with trainer.precision_plugin.forward_context():
-            columns, right = self.complete(pl_module, objective, image, segment)
-        pl_module.train(training)
-        path = folder / self.file
-        said = f"{100 * right:.0f} % of the masked tokens are right"
+        image, segment, objective = batch.get("image"), _grid(model), model.find(ContextAutoencoding)
+        if image is None or segment is None or not hasattr(objective.target, "paint"):
+            return {}
+        columns, right = self.complete(model, objective, image, segment)
+        path, said = folder / self.file, f"{100 * right:.0f} % of the masked tokens are right"
         draw(path, said, columns)
-        print(f"{path}: {said}")
+        return {path: said}
 
     def complete(
         self, model: Any, objective: ContextAutoencoding, image: Tensor, segment: Segment
@@ -100,7 +64,7 @@ class CompletedImages(Callback):
         """The four columns [B,C,H,W], and the share of masked tokens that are right."""
         encoder, decoder = model.encoder.role(TokenEncoder), model.decoder.role(MaskedTokenDecoder)
         batch = {"image": image}
-        subset = objective.draw(model, batch, torch.Generator(image.device).manual_seed(self.seed))
+        subset = objective.draw(model, batch, self.generator(image.device))
         visible = encoder(batch, keep=subset)
         logits = decoder(objective.regressor(visible, subset.rest), subset.rest, visible.layout)
         target: Any = objective.target

@@ -7,11 +7,12 @@ from typing import Any, Literal
 
 import torch
 from lightning.pytorch import Callback
-from lightning.pytorch.strategies import DDPStrategy, SingleDeviceStrategy
 from torch import Tensor
 
+from quire.contracts import Batch
 from quire.errors import ConfigError
 from quire.matching import refusal
+from quire.roles.pictures import EndPictures
 from quire.roles.tokens.contract import Segment, TokenEncoder
 from quire_mp3.jigsaw import draw, one_to_one, rearrange
 from quire_mp3.modules import TINY
@@ -72,7 +73,7 @@ class AttachPositions(Callback):
         encoder.attach_positions(self.kind, self.init, self.std)
 
 
-class PutBackPictures(Callback):
+class PutBackPictures(EndPictures):
     """Draw images, their patches shuffled, and the patches put back where MP3 thinks they were. Zhai et al. 2022.
 
     ``PositionPrediction`` brings one along; list it to change its arguments.
@@ -95,11 +96,7 @@ class PutBackPictures(Callback):
     objective: PositionPrediction
 
     def __init__(self, images: int = 6, file: str = "put_back.png", seed: int = 0) -> None:
-        super().__init__()
-        if images < 1:
-            raise ConfigError(f"PutBackPictures.images must be at least 1, got {images}")
-        self.images, self.file, self.seed = images, file, seed
-        self._seen: dict[str, Tensor] = {}
+        super().__init__(images, file, seed)
 
     @classmethod
     def tiny(cls) -> dict[str, Any]:
@@ -107,44 +104,16 @@ class PutBackPictures(Callback):
         callback = {"class_path": "PutBackPictures", "init_args": {"images": 2}}
         return {"model": TINY, "data": "Digits", "trainer": {"callbacks": [callback]}}
 
-    def setup(self, trainer: Any, pl_module: Any, stage: str) -> None:
-        """Refuse another objective."""
-        said = refusal(type(self), "objective", pl_module.objective)  # type: ignore[arg-type]
-        if said:
-            raise ConfigError(said)
-
-    def on_train_batch_start(self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int) -> None:
-        """Keep the first images, in case there is no validation."""
-        self._keep("train", batch)
-
-    def on_validation_batch_start(
-        self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int, dataloader_idx: int = 0
-    ) -> None:
-        """Keep the first images."""
-        self._keep("val", batch)
-
-    def _keep(self, split: str, batch: Any) -> None:
-        if split not in self._seen and isinstance(batch.get("image"), Tensor):
-            self._seen[split] = batch["image"][: self.images].clone()
-
-    @torch.no_grad()
-    def on_train_end(self, trainer: Any, pl_module: Any) -> None:
+    def draw(self, model: Any, batch: Batch, folder: Path) -> dict[Path, str]:
         """Shuffle, guess, put back, draw."""
-        folder = Path(trainer.log_dir or trainer.default_root_dir)  # asked on every rank: it waits for rank 0
-        image = self._seen.get("val", self._seen.get("train"))
-        segment = _picture(pl_module, image)
-        here = trainer.is_global_zero and isinstance(trainer.strategy, (SingleDeviceStrategy, DDPStrategy))
-        if image is None or segment is None or not here:  # a sharded model can't run on one rank
-            return
-        shuffles = self._generator("cpu")
+        image = batch.get("image")
+        segment = _picture(model, image)
+        if image is None or segment is None:
+            return {}
+        shuffles = self.generator("cpu")
         order = torch.stack([torch.randperm(segment.cells, generator=shuffles) for _ in image])
         shuffled = rearrange(image, order.to(image.device), segment)
-        training = pl_module.training
-        pl_module.eval()
-        with trainer.precision_plugin.forward_context():
-            objective = pl_module.find(PositionPrediction)
-            guesses = objective.guess(pl_module, {"image": shuffled}, self._generator(image.device))
-        pl_module.train(training)
+        guesses = model.find(PositionPrediction).guess(model, {"image": shuffled}, self.generator(image.device))
         token = one_to_one(guesses.logits)  # cell → token of the shuffled image
         back = rearrange(shuffled, token.to(image.device), segment)
         at_home = order.gather(1, token) == torch.arange(segment.cells)
@@ -153,10 +122,7 @@ class PutBackPictures(Callback):
         said = f"{share:.0f} % of the shuffled patches are back in their own place (chance {chance:.1f} %)"
         path = folder / self.file
         draw(path, f"{said}; equal patches may have swapped", image, shuffled, back, notes)
-        print(f"{path}: {said}")
-
-    def _generator(self, device: Any) -> torch.Generator:
-        return torch.Generator(device).manual_seed(self.seed)
+        return {path: said}
 
 
 def _picture(model: Any, image: Tensor | None) -> Segment | None:

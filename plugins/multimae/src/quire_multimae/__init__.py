@@ -13,7 +13,7 @@ QUIRE_API = 1
 def quire_components(register: Callable) -> None:
     """Encoder, adapters, masking, decoder, objective, data."""
     register("quire_multimae.encoder.MultiModalViT", "encoder", "TokenEncoder")
-    register("quire_multimae.decoder.MultiTaskDecoder", "decoder", "MultiTaskDecoder")
+    register("quire_multimae.decoder.MultiTaskDecoder", "decoder", ("CellDecoder", "MultiTaskDecoder"))
     register("quire_multimae.objective.MaskedMultiTask", "objective")
     register("quire_multimae.adapters.PatchAdapter", "part", "modality-adapter")
     register("quire_multimae.adapters.ClassMapAdapter", "part", "modality-adapter")

@@ -8,10 +8,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from quire.contracts import Decoder, Spec
+from quire.contracts import Spec
 from quire.errors import ConfigError
 from quire.roles.tokens.blocks import make_blocks, run, xavier
-from quire.roles.tokens.contract import Layout, Segment, Subset, Tokens
+from quire.roles.tokens.contract import CellDecoder, Layout, Segment, Subset, Tokens
 from quire_multimae.adapters import ModalityAdapter, tiny_run
 from quire_multimae.encoder import SharedPlaces
 from quire_multimae.outputs import Tasks, outputs
@@ -103,7 +103,7 @@ class TaskDecoder(nn.Module):
         return empty.scatter(1, place[..., None].expand_as(seen), seen)[:, :cells]
 
 
-class MultiTaskDecoder(Decoder):
+class MultiTaskDecoder(CellDecoder):
     """Tokens → a prediction of every cell for every task, each by its own decoder. Bachmann et al. 2022.
 
     A decoder's queries are its own modality's cells; cross-attention, without a residual, reads the visible tokens of

@@ -13,8 +13,9 @@ from quire.errors import ConfigError
 from quire.recipe import instantiate
 from quire.roles.tokens.contract import Layout, Subset, Tokens, gather, indices
 from quire.roles.tokens.positions import interpolate, sincos
+from quire.roles.tokens.timm_weights import TimmWeights, trunk_weights
 from quire.roles.tokens.trunk import TrunkEncoder
-from quire_multimae.adapters import ModalityAdapter, tiny_run
+from quire_multimae.adapters import ModalityAdapter, PatchAdapter, tiny_run
 
 
 class SharedPlaces(nn.Module):
@@ -87,6 +88,8 @@ class MultiModalViT(TrunkEncoder):
     Raises:
         ConfigError: no modality, sizes that don't divide or agree, a batch without any of the modalities.
     """
+
+    capabilities = TrunkEncoder.capabilities | {"grid"}
 
     def __init__(
         self,
@@ -189,6 +192,22 @@ class MultiModalViT(TrunkEncoder):
             values = gather(values, index)
         prefix = torch.stack(list(self.prefix)).to(values.dtype).expand(rows, -1, -1) if self.prefix_tokens else None
         return Tokens(values, index, layout, None, prefix)  # type: ignore[arg-type]
+
+    def patch_adapter(self, modality: str) -> PatchAdapter:
+        """The adapter of a modality of numbers. Raises ``ConfigError`` for any other."""
+        adapters = self.adapters
+        if not isinstance(adapters.get(modality), PatchAdapter):
+            have = ", ".join(n for n, a in adapters.items() if isinstance(a, PatchAdapter)) or "none"
+            raise ConfigError(f"{modality!r} is no modality with a PatchAdapter; there are: {have}")
+        return adapters[modality]
+
+    def to_timm(self, modality: str = "image") -> TimmWeights:
+        """One modality's adapter and the trunk as timm's ``VisionTransformer``; global tokens are its prefix."""
+        adapter = self.patch_adapter(modality)
+        segment = next(s for s in self.built_layout.segments if s.name == modality)
+        channels = int(adapter.channels or 0)
+        mean, std = (v if isinstance(v, list) else [v] * channels for v in (adapter.mean, adapter.std))
+        return trunk_weights(self, adapter.proj, segment, channels, mean, std)
 
     def sizes(self) -> dict[str, Any]:
         """As every token encoder, ``modalities`` (adapters as plain values) and ``patch_values`` where all agree."""

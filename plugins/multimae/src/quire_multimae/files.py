@@ -51,7 +51,7 @@ def _array(file: Path) -> np.ndarray:
         with Image.open(file) as image:
             return np.array(image)
     except (OSError, SyntaxError, ValueError, EOFError, IndexError) as error:
-        raise DataError(f"{file} can't be read ({error}): replace it") from error
+        raise DataError(f"{file} can't be read ({error}): replace it, or set data.corrupt: skip") from error
 
 
 def fit(value: Tensor, size: tuple[int, int], whole: bool) -> Tensor:

@@ -39,6 +39,8 @@ class PairedFolders(TrainTest):
         missing: Depth that isn't finite is an error, or masked: filled with the sample's median and told in
             ``depth_valid``.
         unpaired: Names that some modality lacks are an error, or skipped and counted in a warning.
+        corrupt: A file that can't be read is an error when its sample comes up, or its sample is left out: then all
+            files are read once at the start, and those left out are counted and named in a warning.
         **kwargs: Arguments of ``TrainTest`` (``val_samples``) and ``DataModule``.
 
     Raises:
@@ -57,18 +59,22 @@ class PairedFolders(TrainTest):
         stride_levels: dict[str, int] | None = None,
         missing: Literal["error", "mask"] = "error",
         unpaired: Literal["error", "skip"] = "error",
+        corrupt: Literal["error", "skip"] = "error",
         **kwargs: Any,
     ) -> None:
         super().__init__(**kwargs)
-        if missing not in ("error", "mask") or unpaired not in ("error", "skip"):
-            raise ConfigError(f"data.missing is error or mask, data.unpaired error or skip, got {missing}, {unpaired}")
+        if missing not in ("error", "mask") or not {unpaired, corrupt} <= {"error", "skip"}:
+            raise ConfigError(
+                "data.missing is error or mask, data.unpaired and data.corrupt error or skip, got "
+                f"{missing}, {unpaired} and {corrupt}"
+            )
         self.root, self.size = expand(root), pair(size, "data.size")
         self.kinds = {name: kind_of(name, said) for name, said in modalities.items()}
         self.suffixes, self.strides = dict(suffixes or {}), dict(stride_levels or {})
         for name in (*self.suffixes, *self.strides):
             if name not in self.kinds:
                 raise ConfigError(f"data names the modality {name!r}; there are {', '.join(self.kinds)}")
-        self.missing, self.unpaired = missing, unpaired
+        self.missing, self.unpaired, self.corrupt = missing, unpaired, corrupt
         self._classes: list[str] | None = None
         valid = [f"{n}_valid" for n, (kind, _) in self.kinds.items() if kind == "depth" and missing == "mask"]
         label = ["label"] if self._class_names() else []
@@ -122,9 +128,25 @@ class PairedFolders(TrainTest):
             if self.unpaired == "error":
                 raise DataError(f"{said}: add the files, or set data.unpaired: skip")
             rank_zero_warn(f"{said}; they are left out")
+        if self.corrupt == "skip":
+            whole = self._readable(whole, part)
         if not whole:
             raise ConfigError(f"data.root: no name under {self._folder(part)} is in all of {', '.join(self.kinds)}")
         return dict(sorted(whole.items()))
+
+    def _readable(self, names: dict[str, dict[str, Path]], part: str) -> dict[str, dict[str, Path]]:
+        bad: dict[str, str] = {}
+        for name, files in names.items():
+            for modality, (kind, _) in self.kinds.items():
+                try:
+                    read(files[modality], kind)
+                except DataError:
+                    bad.setdefault(name, str(files[modality]))
+        if bad:
+            more = f" and {len(bad) - 5} more" if len(bad) > 5 else ""
+            named = ", ".join(list(bad.values())[:5])
+            rank_zero_warn(f"{len(bad)} of {len(names)} {part} samples can't be read and are left out: {named}{more}")
+        return {name: files for name, files in names.items() if name not in bad}
 
     def load(self, part: str) -> Pairs:
         """One part, read sample by sample."""

@@ -10,10 +10,10 @@ from lightning.pytorch import Callback
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from quire.contracts import Batch, Decoder, Losses, Objective, Spec
+from quire.contracts import Batch, Losses, Objective, Spec
 from quire.errors import ConfigError
 from quire.roles.masking import Masking
-from quire.roles.tokens.contract import TokenEncoder
+from quire.roles.tokens.contract import CellDecoder, TokenEncoder
 from quire.roles.tokens.patches import patchify
 from quire_multimae.adapters import ModalityAdapter, tiny_run
 from quire_multimae.decoder import MultiTaskDecoder
@@ -92,8 +92,8 @@ class MaskedMultiTask(Objective):
     """
 
     encoder: TokenEncoder
-    decoder: Decoder
-    requires = {"encoder": frozenset({"subset"})}
+    decoder: CellDecoder
+    requires = {"encoder": frozenset({"subset", "grid"})}
 
     def __init__(
         self,

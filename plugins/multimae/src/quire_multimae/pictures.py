@@ -6,12 +6,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from lightning.pytorch import Callback
-from lightning.pytorch.strategies import DDPStrategy, SingleDeviceStrategy
 from torch import Tensor
 
+from quire.contracts import Batch
 from quire.errors import ConfigError
-from quire.matching import refusal
+from quire.roles.pictures import EndPictures
 from quire.roles.tokens.contract import Segment, Subset
 from quire_multimae.adapters import tiny_run
 from quire_multimae.decoder import MultiTaskDecoder
@@ -19,7 +18,7 @@ from quire_multimae.encoder import MultiModalViT
 from quire_multimae.objective import MaskedMultiTask
 
 
-class ModalityPictures(Callback):
+class ModalityPictures(EndPictures):
     """Draw masked inputs, predictions and targets of every task, and all from one modality alone. Bachmann et al. 2022.
 
     ``MaskedMultiTask`` brings one along; list it to change its arguments. At the end of fit it writes two files beside
@@ -40,13 +39,11 @@ class ModalityPictures(Callback):
     """
 
     objective: MaskedMultiTask
+    transformed = True
 
     def __init__(self, images: int = 4, alone: str | None = None, file: str = "modalities.png", seed: int = 0) -> None:
-        super().__init__()
-        if images < 1:
-            raise ConfigError(f"ModalityPictures.images must be at least 1, got {images}")
-        self.images, self.alone, self.file, self.seed = images, alone, file, seed
-        self._seen: dict[str, dict[str, Any]] = {}
+        super().__init__(images, file, seed)
+        self.alone = alone
 
     @classmethod
     def tiny(cls) -> dict[str, Any]:
@@ -56,58 +53,28 @@ class ModalityPictures(Callback):
 
     def setup(self, trainer: Any, pl_module: Any, stage: str) -> None:
         """Refuse another objective and an unknown modality."""
-        said = refusal(type(self), "objective", pl_module.objective)  # type: ignore[arg-type]
-        if said:
-            raise ConfigError(said)
+        super().setup(trainer, pl_module, stage)
         encoder = pl_module.encoder.role(MultiModalViT)
         if self.alone is not None and encoder is not None and self.alone not in encoder.adapters:
             raise ConfigError(f"ModalityPictures.alone is {self.alone!r}; there are {', '.join(encoder.adapters)}")
 
-    def on_train_batch_start(self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int) -> None:
-        """Keep the first samples, in case there is no validation."""
-        self._keep("train", batch)
-
-    def on_validation_batch_start(
-        self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int, dataloader_idx: int = 0
-    ) -> None:
-        """Keep the first samples."""
-        self._keep("val", batch)
-
-    def _keep(self, split: str, batch: Any) -> None:
-        if split not in self._seen:
-            few = {k: v[: self.images].clone() for k, v in batch.items() if isinstance(v, Tensor) and v.ndim}
-            self._seen[split] = few
-
-    @torch.no_grad()
-    def on_train_end(self, trainer: Any, pl_module: Any) -> None:
+    def draw(self, model: Any, batch: Batch, folder: Path) -> dict[Path, str]:
         """Predict and draw."""
-        folder = Path(trainer.log_dir or trainer.default_root_dir)  # asked on every rank: it waits for rank 0
-        encoder, decoder = pl_module.encoder.role(MultiModalViT), pl_module.decoder.role(MultiTaskDecoder)
-        batch = self._seen.get("val", self._seen.get("train"))
-        here = trainer.is_global_zero and isinstance(trainer.strategy, (SingleDeviceStrategy, DDPStrategy))
-        if encoder is None or decoder is None or batch is None or not here:
-            return
+        encoder, decoder = model.encoder.role(MultiModalViT), model.decoder.role(MultiTaskDecoder)
+        if encoder is None or decoder is None:
+            return {}
         device = next(iter(batch.values())).device
-        generator = torch.Generator(device).manual_seed(self.seed)
-        source = trainer.datamodule
-        if source is not None and source.transforms:
-            batch = source.transform(batch, generator, training=False)
-        training = pl_module.training
-        pl_module.eval()
-        with trainer.precision_plugin.forward_context():
-            written = [folder / self.file]
-            draw(written[0], "seen, predicted, target", pl_module, batch, self._masked(pl_module, batch, generator))
-            name = self.alone or default_alone(encoder, batch)
-            if name is not None:
-                written.append(folder / f"from_{name}.png")
-                segment = next(s for s in encoder.layout(batch).segments if s.name == name)
-                rows = len(batch[segment.field])
-                keep = torch.arange(segment.start, segment.stop, device=device).expand(rows, -1)
-                subset = Subset.of(keep, encoder.layout(batch).cells, check=False)
-                draw(written[1], f"all predicted from {name} alone", pl_module, batch, subset)
-        pl_module.train(training)
-        for file in written:
-            print(f"{file}: what MultiMAE saw, predicted and should have")
+        written = [folder / self.file]
+        draw(written[0], "seen, predicted, target", model, batch, self._masked(model, batch, self.generator(device)))
+        name = self.alone or default_alone(encoder, batch)
+        if name is not None:
+            written.append(folder / f"from_{name}.png")
+            segment = next(s for s in encoder.layout(batch).segments if s.name == name)
+            rows = len(batch[segment.field])
+            keep = torch.arange(segment.start, segment.stop, device=device).expand(rows, -1)
+            subset = Subset.of(keep, encoder.layout(batch).cells, check=False)
+            draw(written[1], f"all predicted from {name} alone", model, batch, subset)
+        return {file: "what MultiMAE saw, predicted and should have" for file in written}
 
     def _masked(self, model: Any, batch: dict[str, Any], generator: torch.Generator) -> Subset:
         layout = model.encoder.role(MultiModalViT).layout(batch)

@@ -57,15 +57,16 @@ class UniversalEncoder(Universal, TokenEncoder):
         DataError: a row of padding alone, an id outside the vocabulary.
     """
 
-    fields = ("source|tokens",)
-    capabilities = frozenset({"subset", "context", "features"})
+    fields = ("source|tokens|image",)
+    capabilities = frozenset({"subset", "context", "features", "grid"})
 
     def __init__(self, patch: int | None = None, **kwargs: Any) -> None:
         super().__init__(**kwargs)
         self.patch = None if patch is None else pair(patch, "UniversalEncoder.patch")
         self.positions = {"none": "none", "rope": "rope", "learned": "learned"}.get(self.position, "sincos")
-        if self.patch is not None:
-            self.fields = ("image",)  # type: ignore[misc]
+        self.fields = ("image",) if self.patch is not None else ("source|tokens",)  # type: ignore[misc]
+        if self.patch is None:
+            self.capabilities = self.capabilities - {"grid"}
 
     @classmethod
     def tiny(cls) -> dict[str, Any]:
@@ -101,8 +102,10 @@ class UniversalEncoder(Universal, TokenEncoder):
         self.build_halting(spec)
 
     def sizes(self) -> dict[str, Any]:
-        """As every token encoder, and ``vocab_size`` where it reads ids."""
-        return {**super().sizes(), **({} if self.patch is not None else {"vocab_size": self.ids})}
+        """As every token encoder, and ``vocab_size`` where it reads ids, ``patch_values`` where it reads images."""
+        if isinstance(self.stem, nn.Linear):
+            return {**super().sizes(), "patch_values": self.stem.in_features}
+        return {**super().sizes(), "vocab_size": self.ids}
 
     def layers(self) -> list[nn.Module]:
         """Embedding and signals, then the block, or each step's own."""
