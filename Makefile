@@ -1,4 +1,4 @@
-# make demo | test [plugin=NAME] [slow=1] | lint | docs | bench [peers=1] | reproduce plugin=NAME [quick=1]
+# make demo | test [plugin=NAME] [slow=1] | lint | docs | bench [peers=1] | reproduce [plugin=NAME] [quick=1]
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
@@ -40,7 +40,8 @@ bench: $(STAMP)
 	$(BIN)/python -m tests.benchmarks $(if $(peers),--peers)
 
 reproduce: $(STAMP)
-	$(BIN)/quire reproduce $(plugin) $(if $(quick),--quick)
+	set -e; for name in $(or $(plugin),$(PLUGINS)); do $(BIN)/quire reproduce $$name $(if $(quick),--quick); done
+	$(if $(quick),,$(BIN)/python docs/reproduction.py)
 
 clean:
 	rm -rf $(VENV) runs site

@@ -13,10 +13,17 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
+from claims_figure import draw
+
 from quire.plugins import load
 
 DOCS = Path(__file__).resolve().parent
 START, END = "<!-- results: written by docs/reproduction.py -->", "<!-- end of results -->"
+FIGURE = (
+    "![every claim: its arms in the number that it is about, and each requirement with what was measured]"
+    "(images/reproduction.png)\n\nLeft: mean and deviation over seeds of every arm, controls included. Right: each "
+    "requirement on a scale of its own, allowed values shaded; a dot in the shade holds."
+)
 SAYS = {True: "holds", False: "**fails**", None: "can't tell"}
 
 
@@ -39,11 +46,16 @@ def rendered(kept: Path, claims: Iterable[str]) -> str:
         if name in reports:
             report = reports[name]
             verdict = f"**{report['verdict']}**"
-            rows.append([f"[{name}](#{name})", report["claim"], budget(report), arms(report), verdict])
+            rows.append([f"[{name}](#{name})", report["claim"], held(report), str(report["seeds"]), verdict])
             blocks += section(report)
         else:
             rows.append([name, f"**not run yet**: `quire reproduce {name}`", "", "", ""])
-    return "\n\n".join([table(["plugin", "claim", "budget", "arms and controls", "verdict"], rows), *blocks])
+    return "\n\n".join([table(["plugin", "claim", "requirements", "seeds", "verdict"], rows), FIGURE, *blocks])
+
+
+def held(report: Mapping[str, Any]) -> str:
+    """``4 of 5 hold``."""
+    return f"{sum(b['held'] is True for b in report['bands'])} of {len(report['bands'])} hold"
 
 
 def section(report: Mapping[str, Any]) -> list[str]:
@@ -59,12 +71,6 @@ def section(report: Mapping[str, Any]) -> list[str]:
         table(["required", "measured", "needed", "result"], bands),
         *(f"Note: {remark}" for remark in report["remarks"]),
     ]
-
-
-def arms(report: Mapping[str, Any]) -> str:
-    """``arm 0.71 ± 0.02`` for each arm, in the metric that the claim is about (else the first one)."""
-    metric = report.get("headline") or next(iter(next(iter(report["arms"].values()))))
-    return f"{metric}: " + "; ".join(f"{a} {number(v[metric])}" for a, v in report["arms"].items() if metric in v)
 
 
 def number(value: Mapping[str, float]) -> str:
@@ -96,6 +102,7 @@ def main() -> int:
     found = collect(Path(parser.parse_args().runs), DOCS / "results")
     page = DOCS / "reproduction.md"
     body = rendered(DOCS / "results", load().claims)
+    draw(DOCS / "results", DOCS / "images" / "reproduction.png")
     page.write_text(render(page.read_text(encoding="utf-8"), body), encoding="utf-8")
     print(f"{page.name}: new results of {', '.join(found) or 'nothing'}")
     return 0

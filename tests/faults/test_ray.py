@@ -8,9 +8,9 @@ from pathlib import Path
 
 import pytest
 import yaml
+from tests.faults.test_two_processes import CONFIG, curve
 
 from quire.__main__ import execute
-from tests.faults.test_two_processes import CONFIG, curve
 
 
 @pytest.mark.slow
