@@ -49,6 +49,8 @@ def bounds(needed: str) -> tuple[float, float]:
     """
     number = r"([-+]?[\d.]+(?:e[-+]?\d+)?)"
     needed = needed.replace("1/3", "0.3333")
+    if found := re.fullmatch(rf"{number} ± {number}", needed):
+        return float(found[1]) - float(found[2]), float(found[1]) + float(found[2])
     if re.fullmatch(number, needed):
         return float(needed), float(needed)
     if found := re.match(rf"in \[{number}, {number}\]", needed):

@@ -26,6 +26,7 @@ from quire.registry import KINDS, Entry
 
 ROOT = Path(__file__).resolve().parents[1]
 DOCS = ROOT / "docs"
+RECIPES = sorted((ROOT / "configs" / "mixes").glob("*.yaml"))
 PLURAL = {"data": "data modules", "part": "parts"}
 SECTION = re.compile(r"^(Args|Needs|Fields|Attributes|Returns|Raises|Paper):\s*(.*)$")
 LINK = re.compile(r"(!?)\[([^\[\]]*)\]\((?!https?://|#|mailto:)([^)#\s]+)(#[^)\s]*)?\)")
@@ -188,7 +189,8 @@ def matrix(out: Path) -> None:
         commands.matrix(["--json"])
     fits: dict[tuple[str, str], tuple[list[str], list[str]]] = {}
     for pair in json.loads(printed.getvalue()):
-        fits.setdefault((pair["part"], pair["slot"]), ([], []))[not pair["fits"]].append(pair["with"])
+        if pair["asks"]:
+            fits.setdefault((pair["part"], pair["slot"]), ([], []))[not pair["fits"]].append(pair["with"])
     rows = []
     for (part, slot), (good, bad) in fits.items():
         if bad:
@@ -252,6 +254,9 @@ def snippets(plugins: Plugins, out: Path) -> None:
     write(folder / "commands.md", table(["command", "what it does"], rows))
     for name, signature, doc in hooks():
         write(folder / f"{name}.md", f"```python\n{signature}\n```", doc)
+    recipes = [(file, file.read_text(encoding="utf-8").partition("\n")[0].lstrip("# ")) for file in RECIPES]
+    rows = [[f"[{f.stem}](generated/configs.md#configsmixes{f.stem}yaml)", why] for f, why in recipes]
+    write(folder / "recipes.md", table(["recipe", "who would want it"], rows))
     pictures = [f"![{alt}](images/{file})" for file, alt in PICTURES.items() if (DOCS / "images" / file).is_file()]
     write(folder / "pictures.md", *pictures)
 

@@ -13,8 +13,6 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from claims_figure import draw
-
 from quire.plugins import load
 
 DOCS = Path(__file__).resolve().parent
@@ -96,7 +94,9 @@ def render(page: str, body: str) -> str:
 
 
 def main() -> int:
-    """Take what was run, write the page."""
+    """Take what was run, write the page and its figure."""
+    from claims_figure import draw  # beside this file, which runs as a script
+
     parser = argparse.ArgumentParser(description=str(__doc__).partition("\n")[0])
     parser.add_argument("--runs", default=str(DOCS.parent / "runs" / "reproduce"), help="where quire reproduce wrote")
     found = collect(Path(parser.parse_args().runs), DOCS / "results")

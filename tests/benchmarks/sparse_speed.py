@@ -39,16 +39,16 @@ def batches() -> Callable[[], torch.Tensor]:
     return following
 
 
-def run_dense() -> None:
+def run_dense(latents: int = LATENTS) -> None:
     """Plain PyTorch."""
     from tests.benchmarks.sparse_dense import Dense, step_of
 
     torch.manual_seed(0)
-    following, step = batches(), step_of(Dense(WIDTH, LATENTS, KEPT), RATE)
+    following, step = batches(), step_of(Dense(WIDTH, latents, KEPT), RATE)
     serve(lambda: step(following()))
 
 
-def model() -> Any:
+def model(latents: int = LATENTS) -> Any:
     """Quire's, built."""
     from quire import Model
     from quire.plugins import load
@@ -58,7 +58,7 @@ def model() -> Any:
     load().registry.import_named(names)
     torch.manual_seed(0)
     selector = {"class_path": "TopK", "init_args": {"k": KEPT}}
-    encoder = {"class_path": "SparseEncoder", "init_args": {"latents": LATENTS, "selector": selector, "init": "zeros"}}
+    encoder = {"class_path": "SparseEncoder", "init_args": {"latents": latents, "selector": selector, "init": "zeros"}}
     made = Model(
         encoder=instantiate(encoder),
         decoder=instantiate({"class_path": "SparseDecoder"}),
@@ -71,12 +71,12 @@ def model() -> Any:
     return made.train()
 
 
-def run_step() -> None:
+def run_step(latents: int = LATENTS) -> None:
     """Quire's parts in a loop written by hand."""
     from quire.roles.sparse.dead import count
     from quire.roles.sparse.rows import project, renormalise
 
-    made, following = model(), batches()
+    made, following = model(latents), batches()
     optimizer = torch.optim.Adam(made.parameters(), lr=RATE, fused=True)
 
     def step() -> float:
@@ -92,7 +92,7 @@ def run_step() -> None:
     serve(step)
 
 
-def run_fit() -> None:
+def run_fit(latents: int = LATENTS) -> None:
     """``Trainer.fit``; a callback waits before each batch and answers when the next one is there."""
     import lightning.pytorch as pl
 
@@ -135,7 +135,7 @@ def run_fit() -> None:
             enable_checkpointing=False,
             limit_val_batches=0,
         )
-        trainer.fit(model(), datamodule=Noise(batch_size=TOKENS))
+        trainer.fit(model(latents), datamodule=Noise(batch_size=TOKENS))
 
 
 def parts() -> list[list[str]]:
@@ -152,7 +152,7 @@ def parts() -> list[list[str]]:
         return [[name, milliseconds(spent), "", "", ""] for name, spent in race(arms, repeats=3, warmup=1).items()]
 
 
-ARMS: dict[str, Callable[[], None]] = {"dense": run_dense, "step": run_step, "fit": run_fit}
+ARMS: dict[str, Callable[[int], None]] = {"dense": run_dense, "step": run_step, "fit": run_fit}
 
 
 def main(peers: bool = False, repeats: int = 6, warmup: int = 2) -> None:
@@ -181,11 +181,11 @@ def main(peers: bool = False, repeats: int = 6, warmup: int = 2) -> None:
     print(f"  a tensor [N,K,D] would take {large:.0f} MiB, one [N,F] {small:.0f} MiB")
 
 
-def command(arm: str) -> list[str]:
+def command(arm: str, latents: int = LATENTS) -> list[str]:
     """How to start an arm."""
-    return [sys.executable, "-m", "tests.benchmarks.sparse_speed", arm]
+    return [sys.executable, "-m", "tests.benchmarks.sparse_speed", arm, str(latents)]
 
 
 if __name__ == "__main__":
     torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", 1)))
-    ARMS[sys.argv[1]]()
+    ARMS[sys.argv[1]](int(sys.argv[2]))

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import json
+import math
 import re
 from pathlib import Path
 
 import pytest
 import yaml
-from docs import generate, reproduction
+from docs import claims_figure, generate, reproduction
 from tests.docs.blocks import ROOT, blocks
 
 from quire.data import FIELDS
@@ -136,15 +137,38 @@ def test_a_claim_is_in_the_table_with_its_numbers_or_marked_as_not_run(tmp_path:
     page = reproduction.rendered(tmp_path / "kept", ["toy", "later"])
     assert "| later | **not run yet**: `quire reproduce later` |" in page
     row = next(line for line in page.splitlines() if line.startswith("| [toy](#toy)"))
-    for piece in (
-        "it \\| helps",
-        "digits, 10 steps; 2 seeds",
-        "acc: method 0.75 ± 0.01; control 0.5 ± 0.02",
-        "**reproduced**",
-    ):
+    for piece in ("it \\| helps", "1 of 1 hold", "**reproduced**"):
         assert piece in row
+    assert "Budget: digits, 10 steps; 2 seeds." in page
+    assert "| control | 0.5 ± 0.02 |" in page
     assert "| method - control | 0.25 | > 0.1 | holds |" in page
     assert "Note: not at a long budget" in page
+
+
+@pytest.mark.parametrize(
+    ("needed", "allowed"),
+    [
+        (">= 3", (3.0, math.inf)),
+        ("< 1/3", (-math.inf, 0.3333)),
+        ("in [1.3, 4]", (1.3, 4.0)),
+        ("at least +8.0 points and above twice the standard error", (8.0, math.inf)),
+        ("within 3 points (parity)", (-3.0, 3.0)),
+        ("0.39931 ± 0.003", (0.39631, 0.40231)),
+        ("> 0.9 and above 0.628 + 0.05", (0.9, math.inf)),
+        ("1", (1.0, 1.0)),
+        ("falling at each weight", (-math.inf, math.inf)),
+    ],
+)
+def test_the_figure_shades_what_a_requirement_allows(needed: str, allowed: tuple[float, float]) -> None:
+    assert claims_figure.bounds(needed) == pytest.approx(allowed)
+
+
+def test_the_figure_is_drawn_from_kept_results(tmp_path: Path) -> None:
+    claims_figure.draw(tmp_path, tmp_path / "empty.png")
+    assert not (tmp_path / "empty.png").exists()
+    (tmp_path / "toy.json").write_text(json.dumps(REPORT), encoding="utf-8")
+    claims_figure.draw(tmp_path, tmp_path / "toy.png")
+    assert (tmp_path / "toy.png").stat().st_size > 1000
 
 
 def test_rendering_again_changes_nothing() -> None:
