@@ -50,7 +50,7 @@ def plugins(argv: list[str]) -> int:
 
 
 def components(argv: list[str]) -> int:
-    """List every component; with a name, its docstring's first line and path."""
+    """List every component; with a name, its path and its whole docstring."""
     parser = _parser("components", "every component that YAML can name")
     parser.add_argument("name", nargs="?", help="one component")
     parser.add_argument("--kind", choices=KINDS)
@@ -66,7 +66,9 @@ def components(argv: list[str]) -> int:
         print(json.dumps([{**asdict(e), "summary": e.summary()} for e in found], indent=2))
     elif options.name:
         entry = found[0]
-        print(f"{entry.name}: {entry.kind}, plugin {entry.plugin}\n{entry.path}\n{entry.summary()}")
+        print(f"{entry.name}: {entry.kind}, plugin {entry.plugin}\n{entry.path}\n\n{entry.docstring()}")
+        if entry.kind in ("encoder", "decoder", "objective", "sampler"):
+            print(f"\nTypes and defaults: lightning fit --model.{entry.kind}.help={entry.name}")
     else:
         rows = [[e.name, e.kind, ", ".join(e.role), e.plugin, e.summary()[:72]] for e in found]
         print(table(rows, ["name", "kind", "roles", "plugin", "what"]))

@@ -287,6 +287,11 @@ def needed_roles(cls: type) -> dict[str, type]:
             if name in SLOTS:
                 role = getattr(module, annotation, None) if isinstance(annotation, str) else annotation
                 if not isinstance(role, type):
+                    if "|" in str(annotation) or "Union[" in str(annotation):
+                        raise ConfigError(
+                            f"{base.__name__}.{name} is annotated {annotation}: name one role; where any will do name "
+                            f"{SLOTS[name].__name__}, and refuse the others in check()"
+                        )
                     raise ConfigError(f"{base.__name__}.{name} needs a role that {base.__module__} does not import")
                 found[name] = role
     return found

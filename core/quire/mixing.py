@@ -48,7 +48,7 @@ def mix(named: Mapping[str, list[str]], run: bool = True) -> Config:
             said.append(str(error))
         except Exception as error:  # shapes that no part checks
             said.append(f"{' with '.join(e.name for e in anchors)}: {type(error).__name__}: {error}".split("\n")[0])
-    raise ConfigError(said[0])
+    raise ConfigError(said[0] + "; without --data, data that has what they read is looked for" * ("data" in chosen))
 
 
 def _try(trial: Trial, sampler: bool, run: bool) -> None:

@@ -49,11 +49,15 @@ class Entry:
             ) from error
 
     def summary(self) -> str:
-        """First line of the docstring, read from the source without importing it."""
+        """First line of the docstring."""
+        return self.docstring().partition("\n")[0]
+
+    def docstring(self) -> str:
+        """The class's docstring, read from the source without importing it."""
         tree = _source(self.module)
         for node in tree.body if tree else ():
             if isinstance(node, ast.ClassDef) and node.name == self.name:
-                return (ast.get_docstring(node) or "").partition("\n")[0]
+                return ast.get_docstring(node) or ""
         return ""
 
 

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import shutil
+import signal
+import subprocess
+import sys
 from pathlib import Path
 
 import lightning.pytorch as pl
@@ -187,3 +190,63 @@ def test_a_kill_between_the_two_files_leaves_the_old_pair(tmp_path, monkeypatch)
     loaded = writer.load_checkpoint(tmp_path / "last.ckpt")["Activations"]
     assert len(beside.read_rows(loaded["rows"])["0.order"]) == 4
     assert Activations.__qualname__ == "Activations"
+
+
+KILLED = """
+import os, signal, sys
+import torch
+from tests.activations import test_resume as at
+
+where, folder, log = sys.argv[1:]
+write, saved = torch.save, []
+
+def told(batches):
+    if where == "in a step" and batches == 18:
+        os.kill(os.getpid(), signal.SIGKILL)
+
+def cut(state, handle, *more):
+    saved.append(state)
+    if where == "in a checkpoint" and len(saved) == 4:
+        handle.write(b"half of it")
+        handle.flush()
+        os.kill(os.getpid(), signal.SIGKILL)
+    write(state, handle, *more)
+
+at.Rebuild.forward, torch.save = at.logged(log, told), cut
+at.run(folder, 40, every=5)
+"""
+
+
+def logged(file, told=lambda batches: None):
+    """``Rebuild.forward`` that also appends the rows of each batch to a file."""
+    forward, count = Rebuild.forward, iter(range(1, 100))
+
+    def run(self, model, batch):
+        with open(file, "a") as log:
+            print(*(batch["instance"] * 100 + batch["position"]).tolist(), file=log)
+        told(next(count))
+        return forward(self, model, batch)
+
+    return run
+
+
+def fed(file):
+    return [tuple(map(int, line.split())) for line in Path(file).read_text().splitlines()]
+
+
+@pytest.mark.parametrize("where", ["in a step", "in a checkpoint"])
+def test_kill_9_loses_nothing_and_feeds_no_row_twice(whole, tmp_path, monkeypatch, where):
+    command = [sys.executable, "-c", KILLED, where, str(tmp_path), str(tmp_path / "killed")]
+    done = subprocess.run(command, cwd=Path(__file__).parents[2], capture_output=True)
+    assert done.returncode == -signal.SIGKILL, done.stderr.decode()
+    assert not (tmp_path / "step=20.ckpt").exists()
+    assert len(fed(tmp_path / "killed")) == (18 if where == "in a step" else 20)
+    monkeypatch.setattr(Rebuild, "forward", logged(tmp_path / "resumed"))
+    again, _ = run(tmp_path, 40, ckpt(tmp_path, 15), every=5)
+    rows = fed(tmp_path / "killed")[:15] + fed(tmp_path / "resumed")
+    assert rows[: len(fed(tmp_path / "killed"))] == fed(tmp_path / "killed")  # the same batches come again
+    epoch = [row for batch in rows[:25] for row in batch]
+    assert len(rows) == 40 and len(set(epoch)) == len(epoch) == 25 * 16
+    for name, value in whole[0].items():
+        assert torch.equal(value, again[name]), name
+    assert not list(tmp_path.glob("*.new.rows.safetensors")) and (tmp_path / "step=20.ckpt").exists()

@@ -18,6 +18,9 @@ from tests.benchmarks import (
     multimodal,
     pipeline,
     shipped,
+    sparse_bank,
+    sparse_growth,
+    sparse_runs,
     sparse_speed,
     startup,
     tokens,
@@ -37,13 +40,16 @@ BENCHMARKS = {
     "dae-score": dae_score.main,
     "dkvb": dkvb.main,
     "sparse": sparse_speed.main,
+    "sparse-growth": sparse_growth.main,
+    "sparse-bank": sparse_bank.main,
+    "sparse-runs": sparse_runs.main,
     "harvest": harvest.main,
     "multimodal": multimodal.main,
     "memory": memory.main,
     "pipeline": pipeline.main,
     "shipped": shipped.main,
 }
-COMPARED = ("tokens", "sparse")
+COMPARED = ("tokens", "sparse", "sparse-runs")
 """Those that ``--peers`` adds arms to."""
 
 

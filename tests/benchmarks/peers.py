@@ -40,8 +40,15 @@ def sparse(peer: str, *packages: str) -> Callable[[], list[str]]:
     return lambda: [environment(peer, *packages), "-m", "tests.benchmarks.peer_sparse", peer]
 
 
+SAELENS = "sae-lens==6.54.12"
+
 SPARSE: dict[str, Callable[[], list[str]]] = {
     "sparsify 1.3.3": sparse("sparsify", "eai-sparsify==1.3.3"),
     "dictionary_learning 0.1.0": sparse("dictionary_learning", "--no-deps", "dictionary-learning==0.1.0", "einops"),
-    "SAELens 6.54.12": sparse("sae_lens", "sae-lens==6.54.12"),
+    "SAELens 6.54.12": sparse("sae_lens", SAELENS),
 }
+
+RUNNERS: dict[str, Callable[[], list[str]]] = {
+    "SAELens 6.54.12, its runner": lambda: [environment("sae_lens", SAELENS), "-m", "tests.benchmarks.peer_runs"]
+}
+"""Other projects' own training of a dictionary on a language model, from tokens to weights."""

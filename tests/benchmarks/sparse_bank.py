@@ -26,12 +26,11 @@ from quire.schedule import Constant
 KEPT = (8, 16, 32, 64)
 ADAM: Any = {"class_path": "torch.optim.Adam", "init_args": {"lr": 4e-4, "fused": True}}
 SHAPES = {
-    "tiny's": ((64, 3, 4), "blocks.1.resid", 512, 1024),
-    "half of small": ((256, 6, 8), "blocks.3.resid", 2048, 2048),
-    "pythia-70m's": ((512, 6, 8), "blocks.3.resid", 4096, 2048),
+    "tiny": ((64, 3, 4), "blocks.1.resid", 512, 1024),
+    "larger": ((256, 6, 8), "blocks.3.resid", 2048, 2048),
 }
 """Width, layers and heads; site; latents; rows a batch."""
-STEPS = 16
+STEPS = 8
 
 
 def fit(model: Model, data: Activations) -> float:
@@ -56,7 +55,7 @@ def encoder(latents: int, k: int) -> SparseEncoder:
     return SparseEncoder(latents, TopK(k), init="zeros")
 
 
-def main(repeats: int = 3) -> None:
+def main(repeats: int = 2) -> None:
     """Print the table."""
     rows = [["subject's shape", "four runs, CPU s", "one bank, CPU s", "bank / four", "subject's share of a run"]]
     with one_thread():

@@ -1,4 +1,7 @@
-"""Fenced blocks of the pages, with the mark that stands above them: ``<!-- run -->`` or ``<!-- sketch -->``."""
+"""Fenced blocks of the pages, with the mark that stands above them: ``<!-- run -->`` or ``<!-- sketch -->``.
+
+A block with ``title="…"`` is that file of a walk, has the mark ``file`` and is tested by following the walk.
+"""
 
 from __future__ import annotations
 
@@ -13,7 +16,7 @@ PAGES = [
     *sorted((ROOT / "docs").glob("*.md")),
     *sorted((ROOT / "plugins").glob("*/README.md")),
 ]
-FENCE = re.compile(r"^```(\w*)[^\n]*\n(.*?)^```", re.M | re.S)
+FENCE = re.compile(r'^```(\w*)(?: title="([^"\n]+)")?[^\n]*\n(.*?)^```', re.M | re.S)
 MARK = re.compile(r"<!-- (run|sketch) -->\s*\Z")
 
 
@@ -26,6 +29,7 @@ class Block:
     language: str
     text: str
     mark: str
+    title: str = ""
 
     @property
     def where(self) -> str:
@@ -40,7 +44,8 @@ def blocks(page: Path) -> list[Block]:
     for match in FENCE.finditer(text):
         mark = MARK.search(text, 0, match.start())
         line = text.count("\n", 0, match.start()) + 1
-        found.append(Block(page, line, match[1], match[2], mark[1] if mark else ""))
+        said = mark[1] if mark else "file" if match[2] else ""
+        found.append(Block(page, line, match[1], match[3], said, match[2] or ""))
     return found
 
 

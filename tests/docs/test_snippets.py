@@ -99,9 +99,11 @@ def test_blocks_and_marks_are_found(tmp_path: Path) -> None:
     page = tmp_path / "page.md"
     page.write_text(
         "a\n<!-- run -->\n```python\nx = 1\n```\n\n```yaml\nmodel: {}\n```\n<!-- sketch -->\n```yaml\nb: 1\n```\n"
+        '```yaml title="a/b.yaml"\nc: 1\n```\n'
     )
     assert [(b.line, b.language, b.text, b.mark) for b in blocks(page)] == [
         (3, "python", "x = 1\n", "run"),
         (7, "yaml", "model: {}\n", ""),
         (11, "yaml", "b: 1\n", "sketch"),
+        (14, "yaml", "c: 1\n", "file"),
     ]

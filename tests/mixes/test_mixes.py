@@ -13,7 +13,8 @@ from quire.__main__ import execute
 from quire.data import expand
 from quire.plugins import load
 
-FOLDER = Path(__file__).resolve().parents[2] / "configs" / "mixes"
+ROOT = Path(__file__).resolve().parents[2]
+FOLDER = ROOT / "configs" / "mixes"
 RECIPES = sorted(FOLDER.glob("*.yaml"))
 
 
@@ -29,7 +30,8 @@ def named(value: object) -> set[str]:
 def before(recipe: Path) -> list[list[str]]:
     """The commands that must have run, such as a pretraining: lines ``# first: lightning fit …``."""
     lines = (line.partition("# first: ") for line in recipe.read_text(encoding="utf-8").splitlines())
-    return [shlex.split(command)[1:] for start, mark, command in lines if mark and not start]
+    words = [shlex.split(command)[1:] for start, mark, command in lines if mark and not start]
+    return [[str(ROOT / word) if word.startswith("configs/") else word for word in command] for command in words]
 
 
 def losses(folder: Path) -> list[float]:
