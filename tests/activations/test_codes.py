@@ -134,6 +134,9 @@ def test_harvest_stores_codes_too_and_goes_on_where_it_stopped(tmp_path, monkeyp
         harvest.run(data(), tmp_path / "b", ["test"], options)
     with pytest.raises(DataError, match="not finished"):
         CodeStore(tmp_path / "b/test")
+    fewer = harvest._parser().parse_args(["--codes", "here", "--tokens", "50"])
+    with pytest.raises(ConfigError, match="harvested with data.tokens None, not 50"):  # else runs of two plans mix
+        harvest.run(data(), tmp_path / "b", ["test"], fewer)
     harvest.run(data(), tmp_path / "b", ["test"], options)
     store = CodeStore(tmp_path / "b/test", encoder=first.encoder)
     assert np.abs(store.matrix - first.matrix).max() < 1e-5 and torch.equal(store.counts, first.counts)

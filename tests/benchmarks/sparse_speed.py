@@ -22,29 +22,29 @@ ROOT = Path(__file__).parents[2]
 WIDTH, LATENTS, KEPT, TOKENS, RATE = 512, 4096, 32, 4096, 4e-4
 
 
-def rows() -> torch.Tensor:
-    """[2*TOKENS,WIDTH] of noise, the same everywhere."""
-    return torch.randn(2 * TOKENS, WIDTH, generator=torch.Generator().manual_seed(0))
+def rows(tokens: int = TOKENS) -> torch.Tensor:
+    """[2*tokens,WIDTH] of noise, the same everywhere."""
+    return torch.randn(2 * tokens, WIDTH, generator=torch.Generator().manual_seed(0))
 
 
-def batches() -> Callable[[], torch.Tensor]:
+def batches(tokens: int = TOKENS) -> Callable[[], torch.Tensor]:
     """Batches in turn."""
-    held, place = rows(), [0]
+    held, place = rows(tokens), [0]
 
     def following() -> torch.Tensor:
         place[0] += 1
-        start = place[0] % 2 * TOKENS
-        return held[start : start + TOKENS]
+        start = place[0] % 2 * tokens
+        return held[start : start + tokens]
 
     return following
 
 
-def run_dense(latents: int = LATENTS) -> None:
+def run_dense(latents: int, tokens: int) -> None:
     """Plain PyTorch."""
     from tests.benchmarks.sparse_dense import Dense, step_of
 
     torch.manual_seed(0)
-    following, step = batches(), step_of(Dense(WIDTH, latents, KEPT), RATE)
+    following, step = batches(tokens), step_of(Dense(WIDTH, latents, KEPT), RATE)
     serve(lambda: step(following()))
 
 
@@ -71,12 +71,12 @@ def model(latents: int = LATENTS) -> Any:
     return made.train()
 
 
-def run_step(latents: int = LATENTS) -> None:
+def run_step(latents: int, tokens: int) -> None:
     """Quire's parts in a loop written by hand."""
     from quire.roles.sparse.dead import count
     from quire.roles.sparse.rows import project, renormalise
 
-    made, following = model(latents), batches()
+    made, following = model(latents), batches(tokens)
     optimizer = torch.optim.Adam(made.parameters(), lr=RATE, fused=True)
 
     def step() -> float:
@@ -92,7 +92,7 @@ def run_step(latents: int = LATENTS) -> None:
     serve(step)
 
 
-def run_fit(latents: int = LATENTS) -> None:
+def run_fit(latents: int, tokens: int) -> None:
     """``Trainer.fit``; a callback waits before each batch and answers when the next one is there."""
     import lightning.pytorch as pl
 
@@ -102,7 +102,7 @@ def run_fit(latents: int = LATENTS) -> None:
         fields = ("activation",)
 
         def split(self, name: str) -> Fields:
-            return Fields(activation=rows())
+            return Fields(activation=rows(tokens))
 
         def sizes(self) -> dict[str, Any]:
             return {"width": WIDTH}
@@ -135,7 +135,7 @@ def run_fit(latents: int = LATENTS) -> None:
             enable_checkpointing=False,
             limit_val_batches=0,
         )
-        trainer.fit(model(latents), datamodule=Noise(batch_size=TOKENS))
+        trainer.fit(model(latents), datamodule=Noise(batch_size=tokens))
 
 
 def parts() -> list[list[str]]:
@@ -152,7 +152,7 @@ def parts() -> list[list[str]]:
         return [[name, milliseconds(spent), "", "", ""] for name, spent in race(arms, repeats=3, warmup=1).items()]
 
 
-ARMS: dict[str, Callable[[int], None]] = {"dense": run_dense, "step": run_step, "fit": run_fit}
+ARMS: dict[str, Callable[[int, int], None]] = {"dense": run_dense, "step": run_step, "fit": run_fit}
 
 
 def main(peers: bool = False, repeats: int = 6, warmup: int = 2) -> None:
@@ -181,11 +181,11 @@ def main(peers: bool = False, repeats: int = 6, warmup: int = 2) -> None:
     print(f"  a tensor [N,K,D] would take {large:.0f} MiB, one [N,F] {small:.0f} MiB")
 
 
-def command(arm: str, latents: int = LATENTS) -> list[str]:
+def command(arm: str, latents: int = LATENTS, tokens: int = TOKENS) -> list[str]:
     """How to start an arm."""
-    return [sys.executable, "-m", "tests.benchmarks.sparse_speed", arm, str(latents)]
+    return [sys.executable, "-m", "tests.benchmarks.sparse_speed", arm, str(latents), str(tokens)]
 
 
 if __name__ == "__main__":
     torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", 1)))
-    ARMS[sys.argv[1]](int(sys.argv[2]))
+    ARMS[sys.argv[1]](int(sys.argv[2]), int(sys.argv[3]))

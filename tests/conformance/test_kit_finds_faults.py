@@ -82,6 +82,11 @@ BROKEN = {
         "does not import",
         [(f"{TINY}\n    def on_val", f'{TINY}    encoder: "Elsewhere"\n\n    def on_val')],
     ),
+    "either of two roles": (
+        "registered",
+        "name one role",
+        [(f"{TINY}\n    def on_val", f'{TINY}    encoder: "VectorEncoder | PixelDecoder"\n\n    def on_val')],
+    ),
     # ---- documentation
     "no summary line": (
         "documented",

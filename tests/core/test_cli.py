@@ -100,6 +100,13 @@ def test_components_that_are_not_named_are_not_imported(small, monkeypatch):
     assert loaded == {"MlpVectorEncoder", "MlpVectorDecoder", "Reconstruction", "Digits"}
 
 
+def test_a_component_by_name_shows_its_whole_docstring_and_where_its_defaults_are(capsys):
+    assert execute(["components", "PositionPrediction"]) == 0
+    said = capsys.readouterr().out
+    assert "Args:" in said and "Needs:" in said
+    assert "lightning fit --model.objective.help=PositionPrediction" in said
+
+
 def test_help_and_version(capsys):
     assert execute([]) == 0
     assert "reproduce" in capsys.readouterr().out

@@ -191,6 +191,14 @@ def test_every_page_is_in_the_navigation() -> None:
     assert {p.name for p in DOCS.glob("*.md")} <= listed
 
 
+def test_the_readme_names_every_paper() -> None:
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    missing = [
+        f.parent.name for f in (ROOT / "plugins").glob("*/README.md") if f"](plugins/{f.parent.name}/" not in text
+    ]
+    assert not missing
+
+
 def test_the_readme_shows_commands_a_run_a_mix_and_a_picture() -> None:
     text = (ROOT / "README.md").read_text(encoding="utf-8")
     assert "make demo" in text

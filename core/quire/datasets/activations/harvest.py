@@ -122,10 +122,14 @@ def _codes(source: Activations, name: str, place: Path, fabric: Any, options: An
 
     chunks, rank, world = source.forwards(name), fabric.global_rank, fabric.world_size
     plan = cut(chunks, chunks.plan(0, False, rank, world), options.tokens, world)
-    said = {"latents": encoder.latents, "encoder": fingerprint_of(encoder), **header_of(source, name, options, world)}
-    if (place / HEADER).is_file() and read_header(place).get("complete"):
-        compare(place, read_header(place), said)
-        return chunks.fed(plan), 0
+    said = {"encoder": fingerprint_of(encoder), "latents": encoder.latents, **header_of(source, name, options, world)}
+    if (place / HEADER).is_file():
+        compare(place, header := read_header(place), said)
+        if header.get("complete"):
+            return chunks.fed(plan), 0
+    fabric.barrier("header")
+    if rank == 0 and not (place / HEADER).is_file():
+        write_header(place, {**said, "kind": "codes", "complete": False})
     writer = CodeWriter(place, encoder.latents, said["encoder"], rank)
     start, fresh = writer.runs.next, 0
     for number in range(start, len(plan)):

@@ -129,6 +129,7 @@ def read_header(folder: Path) -> dict[str, Any]:
 SAYS = {
     "subject": "data.subject",
     "fingerprint": "data.subject (its weights)",
+    "encoder": "--codes (its encoder's weights)",
     "site": "data.site",
     "dtype": "data.dtype",
     "tokenizer": "the tokenizer",
