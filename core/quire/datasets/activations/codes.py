@@ -117,8 +117,8 @@ def entries_of(codes: Any, batch: Mapping[str, Any]) -> Chunk:
 def merge(folder: Path, said: dict[str, Any]) -> CodeStore:
     """Shards by latent from all ranks' runs."""
     latents = int(said["latents"])
-    runs = [load_file(file) for file, about in shards_of(folder, prefix="run") if int(about["rows"])]
-    if not runs:
+    runs = [load_file(file) for file, _ in shards_of(folder, prefix="run")]
+    if not any(len(run["latent"]) for run in runs):
         raise DataError(f"no latent fired in what was stored in {folder}")
     width = -(-latents // SHARDS)
     counts = torch.zeros(latents, dtype=torch.long)
