@@ -33,6 +33,7 @@ CONFIG: dict[str, Any] = {
     },
 }
 TWO = ["--data.batch_size", "16", "--trainer.devices", "2", "--trainer.strategy", "ddp"]
+QUIET = ["--trainer.logger", "false"]
 
 
 @pytest.fixture(scope="module")
@@ -90,7 +91,7 @@ def test_a_finished_run_leaves_no_process_group(folder: Path) -> None:
     code = "import sys, torch.distributed as group\nfrom quire.__main__ import execute\n"
     code += "assert execute(sys.argv[1:]) == 0\nassert not group.is_initialized()\nprint('left')\n"
     (folder / "run.py").write_text(code)
-    done = process(folder, [sys.executable, "run.py", "validate", "-c", "one.yaml", "--ckpt_path", "last", *TWO])
+    done = process(folder, [sys.executable, "run.py", "validate", "-c", "one.yaml", "--ckpt_path", "last", *TWO, *QUIET])
     assert "left" in done.stdout
 
 

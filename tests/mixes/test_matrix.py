@@ -31,12 +31,15 @@ BEYOND = {
     ("MaskedReconstruction", "RetrievalEncoder"): "length",  # with target: TokenIds and a text of fixed length
     ("MaskedReconstruction", "MultiModalViT"): "channels|patch_values",  # several modalities: MaskedMultiTask
     ("ContextAutoencoding", "MultiModalViT"): "channels|patch_values",  # with one modality: configs/mixes
+    ("ContextAutoencoding", "TextEncoder"): "length",  # with a masking and a target for rows
+    ("ContextAutoencoding", "RetrievalEncoder"): "length",
     ("Contrastive", "MultiModalViT"): "lexical_k: 0",
     ("DistillKL", "MultiModalViT"): "lexical_k: 0",
     ("HybridSearch", "MultiModalViT"): "lexical_k: 0",
     ("PositionPrediction", "UniversalEncoder"): "adds positions",  # at every step, unless position: none
 }
 WHEN_RUN = {
+    ("ContextAutoencoding", "FrameEncoder"): "2-D|frames",  # with a masking for rows
     ("NextToken", "HFSeq2Seq"): "source",  # Seq2SeqTokens is its objective
     ("NextToken", "Seq2SeqDecoder"): "source|codes",
     ("RoutedLoRA", "RoutedModel"): "routers are untrained",

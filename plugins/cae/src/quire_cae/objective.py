@@ -57,7 +57,7 @@ class ContextAutoencoding(Objective):
     """
 
     encoder: TokenEncoder
-    requires = {"encoder": frozenset({"subset", "grid"})}
+    requires = {"encoder": frozenset({"subset"})}
 
     def __init__(
         self,
