@@ -91,7 +91,9 @@ def test_a_finished_run_leaves_no_process_group(folder: Path) -> None:
     code = "import sys, torch.distributed as group\nfrom quire.__main__ import execute\n"
     code += "assert execute(sys.argv[1:]) == 0\nassert not group.is_initialized()\nprint('left')\n"
     (folder / "run.py").write_text(code)
-    done = process(folder, [sys.executable, "run.py", "validate", "-c", "one.yaml", "--ckpt_path", "last", *TWO, *QUIET])
+    done = process(
+        folder, [sys.executable, "run.py", "validate", "-c", "one.yaml", "--ckpt_path", "last", *TWO, *QUIET]
+    )
     assert "left" in done.stdout
 
 
