@@ -15,7 +15,7 @@ CONFIGS = {name: path for name, path in load().configs().items() if name.startsw
 
 def test_every_scale_is_shipped_with_a_first_line_that_says_what_it_is():
     names = {n.partition("/")[2] for n in CONFIGS}
-    assert names == {"digits", "finetune_digits", "mnist", "stereo", "shapes", "vit_b"}
+    assert names == {"digits", "finetune_digits", "mnist", "stereo", "shapes", "skimage", "vit_b"}
     assert all(path.read_text(encoding="utf-8").startswith("# ") for path in CONFIGS.values())
 
 
