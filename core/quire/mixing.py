@@ -171,6 +171,7 @@ def command(argv: list[str]) -> int:
     )
     text += yaml.safe_dump({**config, "trainer": {"max_steps": 300}}, sort_keys=False)
     if options.output:
+        Path(options.output).parent.mkdir(parents=True, exist_ok=True)
         Path(options.output).write_text(text, encoding="utf-8")
         print(f"wrote {options.output}")
     else:

@@ -51,10 +51,11 @@ class EndPictures(Callback):
 
     # ---- Lightning
     def setup(self, trainer: Any, pl_module: Any, stage: str) -> None:
-        """Refuse another objective."""
-        said = refusal(type(self), "objective", pl_module.objective)  # type: ignore[arg-type]
-        if said:
-            raise ConfigError(said)
+        """Refuse an encoder or objective that it can't draw."""
+        for slot in ("encoder", "objective"):
+            said = refusal(type(self), slot, getattr(pl_module, slot))  # type: ignore[arg-type]
+            if said:
+                raise ConfigError(said)
 
     def on_train_batch_start(self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int) -> None:
         """Keep the first samples, in case there is no validation."""

@@ -5,18 +5,14 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-import torch
-from lightning.pytorch import Callback
-from lightning.pytorch.strategies import DDPStrategy, SingleDeviceStrategy
-from torch import Tensor
-
+from quire.contracts import Batch
 from quire.errors import ConfigError
-from quire.matching import refusal
+from quire.roles.pictures import EndPictures
 from quire.roles.tokens.contract import TokenEncoder
 from quire_dupmae.modules import pooled_logits
 
 
-class TermPictures(Callback):
+class TermPictures(EndPictures):
     """Draw the strongest terms of a few texts, those in the text apart from those it lacks. Xiao et al. 2022 (DupMAE).
 
     ``DuplexAutoencoding`` brings one along; list it to change its arguments. At the end of fit it writes ``terms.png``
@@ -38,11 +34,10 @@ class TermPictures(Callback):
     requires = {"encoder": frozenset({"lm_head"})}
 
     def __init__(self, texts: int = 3, terms: int = 14, file: str = "terms.png") -> None:
-        super().__init__()
         if texts < 1 or terms < 1:
             raise ConfigError(f"TermPictures.texts and terms must be at least 1, got {texts} and {terms}")
-        self.texts, self.terms, self.file = texts, terms, file
-        self._seen: dict[str, dict[str, Tensor]] = {}
+        super().__init__(texts, file, seed=0)
+        self.texts, self.terms = texts, terms
 
     @classmethod
     def tiny(cls) -> dict[str, Any]:
@@ -52,43 +47,14 @@ class TermPictures(Callback):
         callback = {"class_path": "TermPictures", "init_args": {"texts": 2}}
         return {**DuplexAutoencoding.tiny(), "trainer": {"callbacks": [callback]}}
 
-    def setup(self, trainer: Any, pl_module: Any, stage: str) -> None:
-        """Refuse an encoder without a vocabulary head."""
-        said = refusal(type(self), "encoder", pl_module.encoder)  # type: ignore[arg-type]
-        if said:
-            raise ConfigError(said)
-
-    def on_train_batch_start(self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int) -> None:
-        """Keep the first texts, in case there is no validation."""
-        self._keep("train", batch)
-
-    def on_validation_batch_start(
-        self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int, dataloader_idx: int = 0
-    ) -> None:
-        """Keep the first texts."""
-        self._keep("val", batch)
-
-    def _keep(self, split: str, batch: Any) -> None:
-        names = ("tokens", "mask", "special")
-        if split not in self._seen and all(isinstance(batch.get(n), Tensor) for n in names):
-            self._seen[split] = {n: batch[n][: self.texts].clone() for n in names}
-
-    @torch.no_grad()
-    def on_train_end(self, trainer: Any, pl_module: Any) -> None:
-        """Embed, name the terms, draw."""
-        folder = Path(trainer.log_dir or trainer.default_root_dir)  # asked on every rank: it waits for rank 0
-        batch, tok = self._seen.get("val", self._seen.get("train")), pl_module.tokenizer
-        here = trainer.is_global_zero and isinstance(trainer.strategy, (SingleDeviceStrategy, DDPStrategy))
-        if batch is None or tok is None or not here:  # a sharded model can't run on one rank
-            return
-        training = pl_module.training
-        pl_module.eval()
-        with trainer.precision_plugin.forward_context():
-            encoder = pl_module.encoder
-            codes = encoder({"tokens": batch["tokens"], "mask": batch["mask"]})
-            kept = batch["mask"] & ~batch["special"]
-            pooled = pooled_logits(codes.values, kept, encoder.logits, 1024)
-        pl_module.train(training)
+    def draw(self, model: Any, batch: Batch, folder: Path) -> dict[Path, str]:
+        """Embed, name the terms, draw; nothing without a tokenizer or without texts."""
+        tok = model.tokenizer
+        if tok is None or any(name not in batch for name in ("tokens", "mask", "special")):
+            return {}
+        codes = model.encoder({"tokens": batch["tokens"], "mask": batch["mask"]})
+        kept = batch["mask"] & ~batch["special"]
+        pooled = pooled_logits(codes.values, kept, model.encoder.logits, 1024)
         best = pooled.topk(min(self.terms, pooled.shape[1]), dim=1)
         rows = []
         for ids, real, places, values in zip(batch["tokens"], kept, best.indices.tolist(), best.values.tolist()):
@@ -96,7 +62,7 @@ class TermPictures(Callback):
             rows.append((tok.decode(ids[real].tolist()), [(word(tok, p), v, p in own) for p, v in zip(places, values)]))
         draw(folder / self.file, rows)
         inside = sum(own for _, bars in rows for _, _, own in bars)
-        print(f"{folder / self.file}: {inside} of {len(rows) * len(rows[0][1])} strongest terms are in their text")
+        return {folder / self.file: f"{inside} of {len(rows) * len(rows[0][1])} strongest terms are in their text"}
 
 
 def word(tok: Any, place: int) -> str:
