@@ -15,10 +15,10 @@ from typing import Any
 
 import torch
 from tests.benchmarks.clock import one_thread, race, table
-from torch import Tensor
 
-from quire.contracts import Codes, Spec, build
-from quire.roles.language.contract import Caps, DecodeState, StepModel
+from quire.contracts import Spec, build
+from quire.roles.language.bench_models import Scripted
+from quire.roles.language.contract import StepModel
 from quire.roles.language.drafters import PromptCopy
 from quire.roles.language.hf import HFCausal
 from quire.roles.language.loop import Greedy, Speculative
@@ -28,50 +28,6 @@ VOCAB, LENGTH, PREFILL = 8192, 128, "prefill"
 SHAPES = {"llama": {"model_type": "llama", "hidden_size": 384, "num_hidden_layers": 6, "num_attention_heads": 6,
                     "num_key_value_heads": 6, "intermediate_size": 1024},
           "gpt2": {"model_type": "gpt2", "n_embd": 384, "n_layer": 6, "n_head": 6, "n_positions": 1024}}  # fmt: skip
-
-
-class Told(StepModel):
-    """A step model whose argmax is what a script says: prompt and continuation of each row."""
-
-    def __init__(self, inner: StepModel, scripts: list[list[int]]) -> None:
-        super().__init__()
-        self.inner = inner
-        longest = max(map(len, scripts)) + 128
-        self.scripts = torch.tensor([s + [s[-1]] * (longest - len(s)) for s in scripts])
-
-    def caps(self) -> Caps:
-        return self.inner.caps()
-
-    def encode(self, batch: dict[str, Any]) -> Codes | None:
-        return self.inner.encode(batch)
-
-    def open(self, prompt: Tensor, mask: Any = None, codes: Any = None, max_length: Any = None) -> DecodeState:
-        state = self.inner.open(prompt, mask, codes, max_length)
-        state.extras["scripts"] = self.scripts
-        state.logits = self._told(state, state.logits[:, None], torch.zeros(1, 1, dtype=torch.long) - 1)[:, 0]
-        return state
-
-    def step(self, state: DecodeState, ids: Any, embeds: Any = None, parents: Any = None, valid: Any = None) -> Tensor:
-        logits = self.inner.step(state, ids, embeds, parents, valid)
-        depth = torch.arange(logits.shape[1])[None]
-        if parents is not None:
-            depth = torch.zeros_like(parents)
-            for i in range(1, parents.shape[1]):
-                above = parents[:, i].clamp(min=0)
-                depth[:, i] = (depth.gather(1, above[:, None])[:, 0] + 1) * (parents[:, i] >= 0)
-        return self._told(state, logits, depth)
-
-    def _told(self, state: DecodeState, logits: Tensor, depth: Tensor) -> Tensor:
-        place = (state.lengths[:, None] + depth + 1).clamp(max=self.scripts.shape[1] - 1)
-        token = state.extras["scripts"].gather(1, place.expand(len(logits), -1))
-        return logits.scatter_add(2, token[..., None], torch.full(token[..., None].shape, 1e4))
-
-    def keep(self, state: DecodeState, chosen: Tensor) -> None:
-        self.inner.keep(state, chosen)
-
-    def rows(self, state: DecodeState, order: Tensor) -> None:
-        self.inner.rows(state, order)
-        state.extras["scripts"] = state.extras["scripts"][order]
 
 
 def edited(source: list[int], share: float, draw: random.Random, kinds: str = "r") -> list[int]:
@@ -117,7 +73,9 @@ def compare(inner: StepModel, share: float, kinds: str, repeats: int) -> list[li
     draw = random.Random(1)
     source = [draw.randrange(4, VOCAB) for _ in range(LENGTH)]
     want = edited(source, share, draw, kinds)
-    model = SimpleNamespace(decoder=Told(inner, [source + want]), encoder=None)
+    told = Scripted(inner)
+    told.follow([source], [want])
+    model = SimpleNamespace(decoder=told, encoder=None)
     batch = {"tokens": torch.tensor([source]), "source_span": torch.tensor([[0, LENGTH]])}
     seen: dict[str, Any] = {}
 
@@ -130,7 +88,7 @@ def compare(inner: StepModel, share: float, kinds: str, repeats: int) -> list[li
     arms = {name: arm(name, make) for name, make in samplers().items()}
     spent = race({**arms, PREFILL: arm(PREFILL, lambda: Greedy(1))}, repeats=repeats, warmup=1)
     first = spent.pop(PREFILL)
-    decode = {name: [t - median(first) for t in times] for name, times in spent.items()}
+    decode = {name: [t - median(first) for t in times] for name, times in spent.items()}  # less a bare prompt's prefill
     rows = [["", "passes", "tok/CPU-s", "/ greedy", "/ prompt copy", "with prefill", "", "draft ms a pass", "same ids"]]
     for name, times in decode.items():
         stats = seen[name].stats
@@ -138,7 +96,7 @@ def compare(inner: StepModel, share: float, kinds: str, repeats: int) -> list[li
             f"{median(t[b]) / median(t[name]):.2f}" for t in (decode, spent) for b in ("greedy", "prompt copy 3/10")
         ]
         rows.append([
-            name, str(stats.target_forwards), f"{(LENGTH - 1) / median(times):.0f}", *gains,
+            name, str(stats.passes), f"{(LENGTH - 1) / median(times):.0f}", *gains,
             f"{stats.draft_ms / max(1, stats.target_forwards):.2f}", str(seen[name].tokens[0][0] == want),
         ])  # fmt: skip
     return rows

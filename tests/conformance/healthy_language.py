@@ -81,6 +81,17 @@ class TalkNN(StepModel):
             state.cache[b] = torch.cat([state.cache[b], state.extras["new"][b, kept]])
         state.lengths = torch.tensor([len(x) for x in state.cache])
 
+    def open_drafted(self, draft, prompt, mask=None, codes=None, max_length=None):
+        state = self.open(prompt, mask)
+        logits = torch.cat([state.logits[:, None], self.step(state, draft)], 1)
+        self.keep(state, torch.arange(draft.shape[1]).expand(len(draft), -1))
+        state.logits = logits
+        return state
+
+    def cut(self, state, lengths):
+        state.cache = [x[:n] for x, n in zip(state.cache, lengths.tolist())]
+        state.lengths = lengths
+
     def rows(self, state, order):
         state.cache = [state.cache[i] for i in order.tolist()]
         state.lengths = state.lengths[order]

@@ -31,7 +31,7 @@ BROKEN = {
         [("nn.Linear(32, vocab)", "nn.Linear(32, vocab + 2)")],
     ),
     "lengths that are not counted on": (
-        "step_caps step_lossless drafter_lossless",
+        "step_caps step_drafted step_lossless drafter_lossless",
         "lengths are",
         [("torch.tensor([len(x) for x in state.cache])", "state.lengths")],
     ),
@@ -45,7 +45,7 @@ BROKEN = {
         ],
     ),
     "a kept path in another order": (
-        "step_positions step_keep step_valid step_lossless",
+        "step_positions step_keep step_valid step_drafted step_lossless",
         "fresh open",
         [("kept = [slot for slot in row if slot >= 0]", "kept = [slot for slot in row if slot >= 0][::-1]")],
     ),
@@ -80,13 +80,18 @@ BROKEN = {
         ],
     ),
     "a slot that stays though it is not valid": ("step_valid step_lossless", "not valid", [(NEW, NEW + STAYS)]),
+    "guesses of the prefill that stay": (
+        "step_drafted step_lossless drafter_lossless",
+        "open_drafted",
+        [("[x[:n] for x, n in zip", "[x for x, n in zip")],
+    ),
     "embeddings on another scale": (
         "step_embeds",
         "differs from step with ids",
         [("return self.token(ids)\n\n    def read", "return 4 * self.token(ids)\n\n    def read")],
     ),
     "a drafter that pops the context": (
-        "drafter_context",
+        "drafter_context drafter_lossless",
         "changes the context",
         [(TAIL, "        tail = [context.pop(), context[-1]]\n")],
     ),

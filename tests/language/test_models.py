@@ -6,7 +6,8 @@ from tests.language.toys import SHAPES, VOCAB, language_model
 
 from quire import ConfigError
 from quire.contracts import Spec, build
-from quire.roles.language.models import CausalLM, Seq2SeqDecoder, tree
+from quire.roles.language.models import CausalLM, Seq2SeqDecoder
+from quire.roles.language.rows import tree
 from quire.roles.tokens.contract import Layout, Segment, Tokens
 
 

@@ -31,7 +31,7 @@ def test_the_record_is_the_specs_and_goes_through_json():
     assert vars(Stats.from_json(stats.to_json())) == vars(stats)  # times too
     for name in ("prefill_ms", "decode_ms", "draft_ms", "verify_ms", "ttft_ms", "tpot_ms", "cache_bytes_peak"):
         assert stats.to_dict()[name] > 0
-    assert stats.draft_ms + stats.verify_ms <= stats.decode_ms
+    assert stats.draft_ms + stats.verify_ms <= stats.prefill_ms + stats.decode_ms
     lines = stats.table().splitlines()
     assert {line.split()[0] for line in lines} == {k for k, v in stats.to_dict().items() if v}
 
@@ -42,7 +42,7 @@ def test_counts_of_rows_sum_to_those_of_the_batch():
     for name in ("rows", "steps", "new_tokens", "cut", "drafted", "accepted", "accepted_hist", "depth_drafted"):
         assert getattr(whole, name) == getattr(result.stats, name)
     for row, tokens in zip(result.row_stats, result.tokens):
-        assert row.new_tokens == len(tokens[0]) == row.accepted + row.steps + 1 - row.cut
+        assert row.new_tokens == len(tokens[0]) == row.accepted + row.steps + 1 - row.opened - row.cut
     assert result.stats.accepted == sum(n * times for n, times in result.stats.accepted_hist.items())
 
 

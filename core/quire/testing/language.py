@@ -154,6 +154,28 @@ def step_valid(subject: Subject) -> None:
 
 
 @torch.no_grad()
+def step_drafted(subject: Subject) -> None:
+    """A prefill with guesses gives what ``open`` and ``step`` give; ``cut`` forgets those that don't stand."""
+    it = talk(subject)
+    prompts = _prompts(it)
+    draft, last = it.ids(len(prompts), 3, 9), it.ids(len(prompts), 1, 10)
+    for side in ("right", "left"):
+        state = opened(it, prompts, side, draft=draft)
+        if state is None:
+            raise Skip(f"{it.name} checks no guesses in the prefill")
+        plain = opened(it, prompts, side)
+        wanted = torch.cat([plain.logits[:, None], it.target.step(plain, draft)], 1)
+        agree(state.logits, wanted, CLOSE, f"{it.name}.open_drafted differs from open and a step behind it")
+        kept = torch.tensor([i % 4 for i in range(len(prompts))])
+        it.target.keep(plain, torch.arange(3).where(torch.arange(3) < kept[:, None], torch.tensor(-1)))
+        it.target.cut(state, torch.tensor([len(p) for p in prompts]) + kept)
+        if state.lengths.tolist() != plain.lengths.tolist():
+            raise Fault(f"{it.name}: after open_drafted and cut lengths are {state.lengths.tolist()}")
+        after = it.target.step(state, last)
+        agree(after, it.target.step(plain, last), CLOSE, f"{it.name}: cut leaves guesses of open_drafted behind")
+
+
+@torch.no_grad()
 def step_embeds(subject: Subject) -> None:
     """``step`` with ``embed(ids)`` gives what it gives with the ids."""
     it = talk(subject)
@@ -321,6 +343,7 @@ STEP_MODEL: tuple[Callable[[Subject], None], ...] = (
     step_rows,
     step_alone,
     step_valid,
+    step_drafted,
     step_embeds,
     step_lossless,
 )

@@ -151,8 +151,10 @@ def adversary(it: Talk, prompts: list[list[int]], count: int, seed: int = 0) -> 
     return Adversary(truth, starts, caps.vocab_size, list(caps.eos_ids), caps.tree_mask, seed)
 
 
-def opened(it: Talk, prompts: list[list[int]], side: str = "right", rows: list[int] | None = None) -> Any:
-    """A state behind padded prompts, of some rows of the codes."""
+def opened(
+    it: Talk, prompts: list[list[int]], side: str = "right", rows: list[int] | None = None, draft: Tensor | None = None
+) -> Any:
+    """A state behind padded prompts, of some rows of the codes; with ``draft`` what ``open_drafted`` gives."""
     ids, mask = padded(prompts, it.target.caps().pad_id, torch.device("cpu"))
     if side == "left" and mask is not None:
         order = [[*range(len(p), ids.shape[1]), *range(len(p))] for p in prompts]
@@ -160,4 +162,6 @@ def opened(it: Talk, prompts: list[list[int]], side: str = "right", rows: list[i
     from quire.roles.language.rows import select
 
     codes = None if it.codes is None else select(it.codes, rows or list(range(len(prompts))), ROWS)
+    if draft is not None:
+        return it.target.open_drafted(draft, ids, mask, codes, ids.shape[1] + 24)
     return it.target.open(ids, mask, codes, max_length=ids.shape[1] + 24)

@@ -152,7 +152,7 @@ class BeamSearch(Sampler):
         prompt, mask = padded([s.prompt for s in searches], caps.pad_id, device)
         state = target.open(prompt, mask, codes, max_length=max(len(s.prompt) + s.stop.limit for s in searches))
         logits = state.logits
-        stats.prefill_ms = 1e3 * (time.perf_counter() - start)
+        stats.prefills, stats.prefill_ms = 1, 1e3 * (time.perf_counter() - start)
         begun = time.perf_counter()
         while searches:
             origin, first = [], 0  # the row that each surviving beam continues

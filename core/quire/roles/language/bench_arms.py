@@ -98,8 +98,7 @@ class Decode:
         cpu, wall = clock.read()
         first = first or (cpu, wall)
         rows = [row[0] for row in result.tokens]
-        forwards = result.stats.target_forwards + 1
-        return Run(rows, *first, cpu - first[0], wall - first[1], forwards, result.stats)
+        return Run(rows, *first, cpu - first[0], wall - first[1], result.stats.passes, result.stats)
 
 
 class Generate:

@@ -49,12 +49,28 @@ class Scripted(StepModel):
     ) -> DecodeState:
         """Prefill, and find each prompt's script."""
         state = self.inner.open(prompt, mask, codes, max_length)
+        self._lifted(state, state.logits[:, None], prompt, mask)
+        return state
+
+    def open_drafted(
+        self,
+        draft: Tensor,
+        prompt: Tensor,
+        mask: Tensor | None = None,
+        codes: Codes | None = None,
+        max_length: int | None = None,
+    ) -> DecodeState | None:
+        """The model's own, with each prompt's script."""
+        state = self.inner.open_drafted(draft, prompt, mask, codes, max_length)
+        if state is not None:
+            self._lifted(state, state.logits, prompt, mask)
+        return state
+
+    def _lifted(self, state: DecodeState, logits: Tensor, prompt: Tensor, mask: Tensor | None) -> None:
         real = torch.ones_like(prompt, dtype=torch.bool) if mask is None else mask
         texts = [self.texts.get(tuple(ids[keep].tolist()), []) for ids, keep in zip(prompt, real)]
         state.extras["texts"] = texts
-        places = [[n - 1] for n in state.lengths.tolist()]
-        lift(state.logits[:, None], texts, places)
-        return state
+        lift(logits, texts, [list(range(n - logits.shape[1], n)) for n in state.lengths.tolist()])
 
     def step(
         self,

@@ -92,6 +92,26 @@ class StepModel(Decoder):
         """
         raise NotImplementedError
 
+    def open_drafted(
+        self,
+        draft: Tensor,
+        prompt: Tensor,
+        mask: Tensor | None = None,
+        codes: Codes | None = None,
+        max_length: int | None = None,
+    ) -> DecodeState | None:
+        """Prefill with guesses behind the prompt: one pass reads the prompt and checks them.
+
+        Args:
+            draft: [B,Q] int64, a chain behind each prompt.
+            prompt, mask, codes, max_length: As in ``open``.
+
+        Returns:
+            A state that holds each row's prompt and its Q guesses, with ``logits`` [B,1+Q,V] after the prompt and after
+            each guess; ``cut`` forgets what doesn't stand. None: it can't, and ``open`` is called instead.
+        """
+        return None
+
     def step(
         self,
         state: DecodeState,
@@ -177,6 +197,13 @@ class Draft:
         for parent in self.parents:
             out.append(1 if parent < 0 else out[parent] + 1)
         return out
+
+    def first_path(self) -> Draft:
+        """The chain of first children from the root down."""
+        path: list[int] = []
+        while (at := path[-1] if path else -1) in self.parents:
+            path.append(self.parents.index(at))
+        return Draft.chain([self.tokens[i] for i in path])
 
     def cut(self, depth: int, nodes: int) -> Draft:
         """The nodes up to ``depth``, at most ``nodes`` of them, in order."""

@@ -15,8 +15,7 @@ from quire.contracts import Codes, Spec
 from quire.errors import ConfigError
 from quire.roles.language.contract import Caps, DecodeState, StepModel
 from quire.roles.language.hf_config import fresh_config, read_config, recorded
-from quire.roles.language.models import tree
-from quire.roles.language.rows import left_aligned
+from quire.roles.language.rows import opening, tree
 
 MASKED = ("sdpa", "eager")  # attention that takes a 4-D mask
 
@@ -222,14 +221,28 @@ class HFModel(StepModel):
     def open(
         self, prompt: Tensor, mask: Tensor | None = None, codes: Codes | None = None, max_length: int | None = None
     ) -> DecodeState:
-        """Prefill; rows are moved to the left, so padding stands behind and is seen by no real token."""
+        """Prefill; rows are moved to the left, so slot and position agree whatever side was padded."""
+        return self._prefill(None, prompt, mask, codes, max_length)
+
+    def open_drafted(
+        self,
+        draft: Tensor,
+        prompt: Tensor,
+        mask: Tensor | None = None,
+        codes: Codes | None = None,
+        max_length: int | None = None,
+    ) -> DecodeState | None:
+        """One pass over prompt and guesses; none over a sliding cache, which may have dropped what a cut needs."""
+        if self.cache == "sliding":
+            return None
+        return self._prefill(draft, prompt, mask, codes, max_length)
+
+    def _prefill(
+        self, draft: Tensor | None, prompt: Tensor, mask: Tensor | None, codes: Codes | None, max_length: int | None
+    ) -> DecodeState:
         from quire.roles.language.hf_cache import SlotStore, WindowStore
 
-        prompt, counts, _ = left_aligned(prompt, mask, "prompt")
-        prompt = prompt[:, : max(counts)]
-        most = self._positions_max()
-        if most is not None and max(counts) > most:
-            raise ConfigError(f"prompt {counts.index(max(counts))} has {max(counts)} tokens; the model takes {most}")
+        prompt, counts, at = opening(prompt, mask, draft, self._positions_max())
         if min(counts) < max(counts) and not self.caps().batch:
             raise ConfigError(f"prompts of different lengths: {self.caps().lacks['batch']}")
         config = self._decoder_config
@@ -237,17 +250,19 @@ class HFModel(StepModel):
         store: Any = (
             WindowStore(config, self._window or 0) if self.cache == "sliding" else SlotStore(config, room, self.crosses)
         )
-        lengths = torch.tensor(counts, device=prompt.device)
-        state = DecodeState(lengths, torch.empty(0), store)
+        state = DecodeState(at[:, -1] + 1, torch.empty(0), store)
         state.extras.update(counts=counts, source=self._source(codes))
-        store.point([0] * len(counts), torch.zeros_like(lengths), prompt.shape[1])
-        columns = sorted({n - 1 for n in counts})
+        store.point([0] * len(counts), torch.zeros_like(state.lengths), prompt.shape[1])
         keep: dict[str, Any] = {}
-        if self._keeps:
-            keep = {"logits_to_keep": 1 if len(columns) == 1 else torch.tensor(columns, device=prompt.device)}
+        if self._keeps and min(counts) == max(counts):  # the last places of all rows
+            keep = {"logits_to_keep": at.shape[1]}
+            at = at - at[0, 0]
+        elif self._keeps:
+            columns, at = at.unique(return_inverse=True)
+            keep = {"logits_to_keep": columns}
         logits = self._pass(state, prompt, None, None, keep)
-        at = [columns.index(n - 1) if self._keeps else n - 1 for n in counts]
-        state.logits = logits[torch.arange(len(at)), at].float()
+        logits = logits[torch.arange(len(at), device=at.device)[:, None], at].float()
+        state.logits = logits[:, 0] if draft is None else logits
         state.extras["cache_bytes"] = store.bytes
         return state
 

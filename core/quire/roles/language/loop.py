@@ -159,35 +159,28 @@ class Speculative(Sampler):
         drafter_before = self.drafter.drafter_forwards if self.drafter is not None else 0
         if self.guard is not None:
             self.guard.calibrate(target)
-        device = device_of(target)
-        prompt, mask = padded([r.prompt for r in rows], caps.pad_id, device)
         longest = max(len(r.prompt) + r.stop.limit for r in rows) + self.budget * (self.drafter is not None)
         if caps.positions_max is not None:
             longest = min(longest, caps.positions_max + self.budget)
-        state = target.open(prompt, mask, codes, max_length=longest)
-        stats.prefill_ms = 1e3 * (time.perf_counter() - start)
+        state, events = self._open(target, rows, codes, longest, stats)
+        stats.prefill_ms = stats.ttft_ms = 1e3 * (time.perf_counter() - start)
+        stats.prefills = 1
+        stats.cache_bytes_peak = int(state.extras.get("cache_bytes", 0))
         begun = time.perf_counter()
-        for i, row in enumerate(rows):
-            row.pending = self.acceptance.first(self._processed(row, row.context, state.logits[i]), row.generator)
-            taken = row.stop.feed([row.pending])
-            row.stats.new_tokens += len(taken)
-            stats.ttft_ms = stats.ttft_ms or 1e3 * (time.perf_counter() - start)
-            yield row.place, taken
+        yield from events
         alive = self._leave(target, state, rows)
         while alive:
-            drafts = self._drafts(alive, state, caps, stats)
-            ids, parents, valid = slots(alive, drafts, device)
+            drafts = self._drafts(alive, state.lengths.tolist(), caps, stats)
+            ids, parents, valid = slots(alive, drafts, state.lengths.device)
             before = time.perf_counter()
             logits = target.step(state, ids, parents=parents, valid=valid)
             stats.verify_ms += 1e3 * (time.perf_counter() - before)
             stats.target_forwards += int(state.extras.get("passes", 1))
             stats.target_positions += int(state.extras.get("slots", ids.numel()))
+            events, paths = self._settled(alive, drafts, logits)
             chosen = torch.full(ids.shape, -1, dtype=torch.long)
-            events = []
-            for i, (row, (nodes, bonus)) in enumerate(zip(alive, self._choices(alive, drafts, logits))):
-                events.append(self._emit(row, drafts[i], nodes, bonus))
-                kept = [0, *(n + 1 for n in nodes)]
-                chosen[i, : len(kept)] = torch.tensor(kept)
+            for i, nodes in enumerate(paths):
+                chosen[i, : 1 + len(nodes)] = torch.tensor([0, *(n + 1 for n in nodes)])
             target.keep(state, chosen)
             stats.cache_bytes_peak = max(stats.cache_bytes_peak, int(state.extras.get("cache_bytes", 0)))
             stats.layers_used += float(state.extras.get("layers_used", 0.0))
@@ -200,11 +193,49 @@ class Speculative(Sampler):
             stats.drafter_forwards = self.drafter.drafter_forwards - drafter_before
         return functools.reduce(Stats.merge, (row.stats for row in rows), stats)
 
-    def _drafts(self, alive: list[Row], state: DecodeState, caps: Caps, stats: Stats) -> list[Draft | None]:
+    def _open(
+        self, target: StepModel, rows: list[Row], codes: Any, longest: int, stats: Stats
+    ) -> tuple[DecodeState, list[tuple[int, list[int]]]]:
+        """Prefill; where a drafter knows a continuation of the prompt itself, the same pass checks its chain."""
+        caps, device = target.caps(), device_of(target)
+        prompt, mask = padded([r.prompt for r in rows], caps.pad_id, device)
+        if self.drafter is not None and type(target).open_drafted is not StepModel.open_drafted:
+            most = max(len(r.prompt) for r in rows) - 1
+            drafts = [d and d.first_path() for d in self._drafts(rows, [most] * len(rows), caps, stats)]
+            width = max(len(d.tokens) if d else 0 for d in drafts)
+            guesses = [(d.tokens if d else []) + r.prompt[-1:] * width for r, d in zip(rows, drafts)]
+            draft = torch.tensor([g[:width] for g in guesses], device=device)
+            state = target.open_drafted(draft, prompt, mask, codes, longest) if width else None
+            if state is not None:
+                stats.target_positions += draft.numel()
+                events, paths = self._settled(rows, drafts, state.logits)
+                for row in rows:
+                    row.stats.opened += 1
+                kept = [len(r.prompt) + len(nodes) for r, nodes in zip(rows, paths)]
+                target.cut(state, torch.tensor(kept, device=device))
+                return state, events
+        state, events = target.open(prompt, mask, codes, max_length=longest), []
+        for i, row in enumerate(rows):
+            row.pending = self.acceptance.first(self._processed(row, row.context, state.logits[i]), row.generator)
+            taken = row.stop.feed([row.pending])
+            row.stats.new_tokens += len(taken)
+            events.append((row.place, taken))
+        return state, events
+
+    def _settled(
+        self, rows: list[Row], drafts: list[Draft | None], logits: Tensor
+    ) -> tuple[list[tuple[int, list[int]]], list[list[int]]]:
+        """What each row emits after a pass that checked its draft, and the nodes that stood."""
+        events, paths = [], []
+        for row, draft, (nodes, bonus) in zip(rows, drafts, self._choices(rows, drafts, logits)):
+            events.append(self._emit(row, draft, nodes, bonus))
+            paths.append(nodes)
+        return events, paths
+
+    def _drafts(self, alive: list[Row], lengths: list[int], caps: Caps, stats: Stats) -> list[Draft | None]:
         before = time.perf_counter()
         allowed = self.budget if self.guard is None else self.guard.budget(self.budget)
         drafts: list[Draft | None] = []
-        lengths = state.lengths.tolist() if caps.positions_max is not None else [0] * len(alive)
         for row, length in zip(alive, lengths):
             depth = row.stop.left - 1  # the bonus token fills the last place
             if caps.positions_max is not None:
@@ -220,10 +251,6 @@ class Speculative(Sampler):
         spent = 1e3 * (time.perf_counter() - before)
         stats.draft_ms += spent
         self._allowed, self._draft_ms = allowed, spent / len(alive)
-        if self.drafter is not None:
-            for row, made in zip(alive, drafts):
-                row.stats.fallback_steps += made is None
-                row.stats.guard_off_steps += made is None and allowed == 0
         return drafts
 
     def _sound(self, draft: Draft, caps: Caps) -> Draft:
@@ -274,6 +301,8 @@ class Speculative(Sampler):
             rejected = [t for i, t in enumerate(draft.tokens) if i not in set(nodes)]
             self.drafter.observe(row.place, context, [*path, bonus], rejected)
         elif self.drafter is not None:
+            row.stats.fallback_steps += 1
+            row.stats.guard_off_steps += self._allowed == 0
             self.drafter.observe(row.place, context, [bonus], [])
         if self.guard is not None:
             drafted = len(draft.tokens) if draft is not None else 0

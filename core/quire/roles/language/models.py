@@ -13,7 +13,7 @@ from quire.errors import ConfigError
 from quire.roles.language.blocks import Block, Cache, Seen, Source, dropout_of, norm_of
 from quire.roles.language.contract import Caps, DecodeState, StepModel
 from quire.roles.language.guidance import ClassCodes
-from quire.roles.language.rows import left_aligned
+from quire.roles.language.rows import opening, tree
 
 
 class CausalLM(StepModel):
@@ -225,11 +225,23 @@ class CausalLM(StepModel):
         self, prompt: Tensor, mask: Tensor | None = None, codes: Codes | None = None, max_length: int | None = None
     ) -> DecodeState:
         """Prefill; rows are moved to the left, so slot and position agree whatever side was padded."""
-        prompt, counts, _ = left_aligned(prompt, mask, "prompt")
-        prompt = prompt[:, : max(counts)]
-        most = self._caps.positions_max
-        if most is not None and max(counts) > most:
-            raise ConfigError(f"prompt {counts.index(max(counts))} has {max(counts)} tokens; the model takes {most}")
+        return self._prefill(None, prompt, mask, codes, max_length)
+
+    def open_drafted(
+        self,
+        draft: Tensor,
+        prompt: Tensor,
+        mask: Tensor | None = None,
+        codes: Codes | None = None,
+        max_length: int | None = None,
+    ) -> DecodeState | None:
+        """One pass over prompt and guesses."""
+        return self._prefill(draft, prompt, mask, codes, max_length)
+
+    def _prefill(
+        self, draft: Tensor | None, prompt: Tensor, mask: Tensor | None, codes: Codes | None, max_length: int | None
+    ) -> DecodeState:
+        prompt, counts, at = opening(prompt, mask, draft, self._caps.positions_max)
         length = prompt.shape[1]
         x = self._classed(self.embed(prompt), getattr(codes, "label", None))
         room = max(max_length or 0, length + 1)
@@ -243,9 +255,9 @@ class CausalLM(StepModel):
         seen = self._seen(window, window is None, 0, length, places, x)
         source = self._source(codes)
         x = self._trunk(self._placed(x, places), seen, source, caches)
-        lengths = torch.tensor(counts, device=prompt.device)
-        last = x[torch.arange(len(prompt), device=prompt.device), lengths - 1]
-        state = DecodeState(lengths, self.head(self.final(last)).float(), caches)
+        near = x[torch.arange(len(x), device=x.device)[:, None], at]
+        logits = self.head(self.final(near)).float()
+        state = DecodeState(at[:, -1] + 1, logits[:, 0] if draft is None else logits, caches)
         state.extras.update(counts=counts, source=source, cache_bytes=sum(c.bytes for c in caches))
         return state
 
@@ -382,19 +394,3 @@ class Seq2SeqDecoder(CausalLM):
                 "Seq2SeqDecoder needs an encoder that gives tokens; model.encoder is not set or gives none"
             )
         return Source(self.bridge(values), mask)
-
-
-def tree(parents: list[list[int]], device: torch.device) -> tuple[Tensor, Tensor]:
-    """Depth [B,Q] of each slot and its ancestors and self [B,Q,Q], from the slot before each one (-1: none)."""
-    depths, masks = [], []
-    for row in parents:
-        depth: list[int] = []
-        seen: list[list[bool]] = []
-        for i, parent in enumerate(row):
-            depth.append(0 if parent < 0 else depth[parent] + 1)
-            line = [False] * len(row) if parent < 0 else list(seen[parent])
-            line[i] = True
-            seen.append(line)
-        depths.append(depth)
-        masks.append(seen)
-    return torch.tensor(depths, device=device), torch.tensor(masks, device=device)

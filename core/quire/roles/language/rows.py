@@ -106,6 +106,30 @@ def left_aligned(ids: Tensor, mask: Tensor | None, what: str) -> tuple[Tensor, l
     return ids.where(mask, ids[:, :1]), counts, back  # a real id behind: transformers warns of pad ids without a mask
 
 
+def opening(
+    prompt: Tensor, mask: Tensor | None, draft: Tensor | None, most: int | None
+) -> tuple[Tensor, list[int], Tensor]:
+    """What a prefill reads: left-aligned prompts, each with its draft behind it.
+
+    Args:
+        prompt, mask: [B,T]; a row without real tokens, or longer than ``most``, is refused.
+        draft: [B,Q] or None.
+        most: Positions of the model, or None.
+
+    Returns:
+        Ids [B,T+Q], the rows' lengths, and the places [B,1+Q] of each row's last prompt token and draft.
+    """
+    ids, counts, _ = left_aligned(prompt, mask, "prompt")
+    reach = 0 if draft is None else draft.shape[1]
+    at = torch.tensor(counts, device=ids.device)[:, None] - 1 + torch.arange(1 + reach, device=ids.device)
+    if draft is not None:
+        ids = torch.cat([ids, draft], 1).scatter(1, at[:, 1:], draft)
+    counts = [n + reach for n in counts]
+    if most is not None and max(counts) > most:
+        raise ConfigError(f"prompt {counts.index(max(counts))} has {max(counts)} tokens; the model takes {most}")
+    return ids[:, : max(counts)], counts, at
+
+
 def padded(rows: list[list[int]], pad: int, device: torch.device) -> tuple[Tensor, Tensor | None]:
     """Right-padded ids [B,L] and mask, or None when nothing is padded."""
     longest = max(len(r) for r in rows)
@@ -139,6 +163,22 @@ def slots(
         None if chain else torch.tensor(parents),
         None if whole else torch.tensor(valid),
     )
+
+
+def tree(parents: list[list[int]], device: torch.device) -> tuple[Tensor, Tensor]:
+    """Depth [B,Q] of each slot and its ancestors and self [B,Q,Q], from the slot before each one (-1: none)."""
+    depths, masks = [], []
+    for row in parents:
+        depth: list[int] = []
+        seen: list[list[bool]] = []
+        for i, parent in enumerate(row):
+            depth.append(0 if parent < 0 else depth[parent] + 1)
+            line = [False] * len(row) if parent < 0 else list(seen[parent])
+            line[i] = True
+            seen.append(line)
+        depths.append(depth)
+        masks.append(seen)
+    return torch.tensor(depths, device=device), torch.tensor(masks, device=device)
 
 
 def select(codes: Any, rows: list[int], total: int) -> Any:

@@ -14,8 +14,8 @@ class Stats:
     Attributes:
         prefill_ms, decode_ms, draft_ms, verify_ms: Time in prompt, loop, drafters, target passes.
         ttft_ms: Time to the first token of the first row.
-        target_forwards: Passes of the target model after the prefill.
-        target_positions: Slots that those passes computed.
+        prefills: Passes of the target model over prompts; target_forwards: its passes after them; ``passes`` is both.
+        target_positions: Slots that those passes computed, and guesses that the prefill checked.
         drafter_forwards: Passes of models inside drafters.
         drafted: Nodes proposed; accepted: nodes that stood (the bonus token is not counted).
         accepted_hist: accepted per step → how often.
@@ -24,7 +24,8 @@ class Stats:
         rows_looped: Rows run one by one because the model has no ``batch``.
         layers_used: Sum over steps of layers run; 0 when the model does not route.
         cache_bytes_peak: Bytes of the target's cache at its largest.
-        new_tokens: Tokens emitted; rows: continuations; steps: row-steps of the loop; cut: accepted tokens past a stop.
+        new_tokens: Tokens emitted; rows: continuations; cut: accepted tokens past a stop.
+        steps: Row-steps of the loop; opened: of these, those that the prefill checked along with the prompt.
     """
 
     prefill_ms: float = field(default=0.0, compare=False)
@@ -32,6 +33,7 @@ class Stats:
     draft_ms: float = field(default=0.0, compare=False)
     verify_ms: float = field(default=0.0, compare=False)
     ttft_ms: float = field(default=0.0, compare=False)
+    prefills: int = 0
     target_forwards: int = 0
     target_positions: int = 0
     drafter_forwards: int = 0
@@ -48,7 +50,13 @@ class Stats:
     new_tokens: int = 0
     rows: int = 0
     steps: int = 0
+    opened: int = 0
     cut: int = 0
+
+    @property
+    def passes(self) -> int:
+        """Passes of the target model, those over prompts included."""
+        return self.prefills + self.target_forwards
 
     @property
     def tpot_ms(self) -> float:

@@ -220,7 +220,7 @@ def _sum(stats: list[Stats]) -> Stats:
 
 def _forwards(stats: list[Stats]) -> float:
     whole = _sum(stats)
-    return whole.target_forwards / max(1, whole.new_tokens - whole.rows)  # a row's first token is the prefill's
+    return whole.passes / max(1, whole.new_tokens)
 
 
 def _accepted(stats: list[Stats]) -> float:

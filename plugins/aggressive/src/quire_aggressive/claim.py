@@ -88,7 +88,7 @@ class AggressiveClaim(Claim):
         for _, stats in made:
             whole = whole.merge(stats)
         found = {
-            PASSES: sum(g.stats.target_forwards for g in plain) / max(1, whole.target_forwards),
+            PASSES: sum(g.stats.passes for g in plain) / max(1, whole.passes),
             "accepted/step": whole.accepted / max(1, whole.steps),
             "drafter passes/step": whole.drafter_forwards / max(1, whole.steps),
             RATE: sum(map(len, got)) / seconds,
@@ -200,9 +200,8 @@ def _generate(trial: Trial, row: Batch, settings: Mapping[str, Any]) -> tuple[li
         )
     hook.remove()
     ids = made[0, prompt.shape[1] :].tolist()
-    return ids, Stats(
-        target_forwards=max(1, len(passes) - 1), steps=max(1, len(passes) - 1), new_tokens=len(ids), rows=1
-    )
+    after = len(passes) - 1
+    return ids, Stats(prefills=1, target_forwards=after, steps=max(1, after), new_tokens=len(ids), rows=1)
 
 
 def _quality(trial: Trial, rows: list[Batch], got: list[list[int]]) -> dict[str, float]:

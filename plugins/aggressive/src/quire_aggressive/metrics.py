@@ -65,7 +65,7 @@ class EditScores(Metric):
         if not isinstance(results, Generated):
             return
         stats = results.stats
-        self._add(steps=stats.steps, accepted=stats.accepted, passes=stats.target_forwards, tokens=stats.new_tokens)
+        self._add(steps=stats.steps, accepted=stats.accepted, passes=stats.passes, tokens=stats.new_tokens)
         self._computed = None
         self._update_count += 1
         for output, (source, references) in zip(results.tokens, pairs_of(model, batch, results.index)):
@@ -90,7 +90,8 @@ class EditScores(Metric):
         """``f05``, ``precision``, ``recall``, ``bleu``, ``exact`` and what drafting saved.
 
         ``exact`` is the share of rows equal to a reference; ``accepted`` is per step, without the bonus token;
-        ``iterations`` is steps per row; with ``greedy``, ``changed`` is the share of rows that differ from it.
+        ``iterations`` is steps per row, ``tokens_per_pass`` counts passes over prompts too; with ``greedy``,
+        ``changed`` is the share of rows that differ from it.
         """
         c = dict(zip(COUNTS, self.counts.tolist()))
         rows, steps = max(1.0, c["rows"]), max(1.0, c["steps"])

@@ -157,6 +157,8 @@ class Alignment:
         """Places that may come next: one, several, or none. The start of the output is the start of the source."""
         if not self.source:
             return []
+        if not emitted:
+            return [0]
         if len(emitted) == 1 and emitted[0] == self.source[0]:  # the paper's first draft, whose first token stood
             return [1]
         return self.rematch(emitted)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import colorsys
 import hashlib
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,7 +17,9 @@ from torch import Tensor
 from quire_ariel.decoder import VolumeDecoder
 
 SIDE, STEPS = 160, 11
-"""Points along a side of the map, and of the walk."""
+"""Points along a side of the map at most, and of the walk."""
+NUMBERS = 1 << 29
+"""Probabilities that a map may ask for: a large vocabulary gets a coarser one."""
 Read = Callable[[list[int]], str]
 
 
@@ -54,8 +57,13 @@ def mixture(corners: Tensor, side: int = SIDE) -> Tensor:
     return top + down * (bottom - top)
 
 
+def side_for(cube: VolumeDecoder) -> int:
+    """Points along a side of the map that can be decoded in seconds."""
+    return min(SIDE, max(2, math.isqrt(NUMBERS // (cube.caps().vocab_size * cube.max_length))))
+
+
 def draw(
-    file: Path, cube: VolumeDecoder, corners: Tensor, read: Read, steps: Walk, title: str, side: int = SIDE
+    file: Path, cube: VolumeDecoder, corners: Tensor, read: Read, steps: Walk, title: str, side: int | None = None
 ) -> int:
     """Write the picture. Returns how many different sentences the map shows.
 
@@ -66,8 +74,9 @@ def draw(
         read: Ids → text.
         steps: The walk.
         title: One line.
-        side: Points along a side of the map.
+        side: Points along a side of the map; default as many as can be decoded in seconds.
     """
+    side = side or side_for(cube)
     rows = cube.decode(mixture(corners, side)).rows()
     texts = [read(r) for r in rows]
     pixels = np.array([colour(text) for text in texts]).reshape(side, side, 3)

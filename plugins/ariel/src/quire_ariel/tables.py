@@ -8,6 +8,9 @@ from torch import Tensor
 
 from quire.errors import DataError
 
+CHUNK = 1 << 16
+"""Numbers of a table that a CPU makes at a time."""
+
 
 def frequencies(logits: Tensor, banned: Tensor, bits: int) -> Tensor:
     """Softmax as integers that sum to 2^bits: largest remainders, at least 1 wherever the probability is above 0.
@@ -25,18 +28,25 @@ def frequencies(logits: Tensor, banned: Tensor, bits: int) -> Tensor:
     Raises:
         DataError: logits that are not a number, or a row without any token left.
     """
+    if logits.is_cuda or logits.numel() <= CHUNK:
+        return _frequencies(logits, banned, bits)
+    found = torch.empty(logits.shape, dtype=torch.int64)  # a dozen passes over what stays in a core's own cache
+    for part, table in zip(logits.split(rows := max(1, CHUNK // logits.shape[1])), found.split(rows)):
+        table.copy_(_frequencies(part, banned, bits))
+    return found
+
+
+def _frequencies(logits: Tensor, banned: Tensor, bits: int) -> Tensor:
     total = 1 << bits
-    p = logits.to(torch.float64, copy=True)
-    p[:, banned] = -torch.inf
-    p = torch.softmax(p, -1)
+    p = torch.softmax(logits.index_fill(1, banned, -torch.inf), -1, dtype=torch.float64)
     live = p > 0
     alive = live.sum(-1, keepdim=True)
     small = (p < 1 / total).sum(-1, keepdim=True)  # those of probability 0 among them
     first = alive * (small > p.shape[1] - alive)
     p *= total - first
     f = p.long()
-    p -= f  # what is left over
-    f += live & (first > 0)
+    p = p.frac()  # what is left over
+    f += (live & (first > 0)).long()  # of one type: mixed ones add slowly
     missing = total - f.sum(-1, keepdim=True)
     if not bool(((missing >= 0) & (missing <= alive)).all()):
         raise DataError("the language model's logits are not finite: train it again, or lower the learning rate")

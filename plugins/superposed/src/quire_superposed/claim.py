@@ -149,7 +149,7 @@ def _arm(arm: str, settings: Mapping[str, Any], seed: int, trial: Trial) -> Call
     def draft(i: int) -> Made:
         found = sampler(whole, batch_of([trial.prompts[i]], target, {}))
         stats = found.stats
-        forwards = 0 if arm == ALONE else 1 + stats.target_forwards
+        forwards = 0 if arm == ALONE else stats.passes
         rows = 0 if arm == ALONE else stats.target_positions / max(1, stats.target_forwards)
         return Made(found.tokens[0], forwards, rows, stats.draft_ms)
 

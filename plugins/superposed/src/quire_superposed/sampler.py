@@ -211,7 +211,7 @@ class Superposed(Sampler):
         ids, mask = padded(prompts, caps.pad_id, device)
         state = target.open(ids, mask, codes, max_length=max(len(p) + n for p, n in zip(prompts, limits)))
         logits = state.logits
-        stats.prefill_ms = 1e3 * (time.perf_counter() - start)
+        stats.prefills, stats.prefill_ms = 1, 1e3 * (time.perf_counter() - start)
         begun = time.perf_counter()
         while True:
             tokens, gains = self._gains(logits, drafts, [prompts[p] for p in places], stats)

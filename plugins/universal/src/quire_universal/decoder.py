@@ -13,8 +13,7 @@ from quire.contracts import Codes, Spec
 from quire.errors import ConfigError
 from quire.roles.language.blocks import Source
 from quire.roles.language.contract import Caps, DecodeState, StepModel
-from quire.roles.language.models import tree
-from quire.roles.language.rows import left_aligned
+from quire.roles.language.rows import opening, tree
 from quire_universal.block import KERNELS
 from quire_universal.halting import Ponder
 from quire_universal.sight import Sight, StepCache
@@ -160,11 +159,23 @@ class UniversalDecoder(Universal, StepModel):
         self, prompt: Tensor, mask: Tensor | None = None, codes: Codes | None = None, max_length: int | None = None
     ) -> DecodeState:
         """Prefill; rows are moved to the left, so slot and position agree whatever side was padded."""
-        prompt, counts, _ = left_aligned(prompt, mask, "prompt")
-        prompt = prompt[:, : max(counts)]
-        most = self._caps.positions_max
-        if most is not None and max(counts) > most:
-            raise ConfigError(f"prompt {counts.index(max(counts))} has {max(counts)} tokens; the model takes {most}")
+        return self._prefill(None, prompt, mask, codes, max_length)
+
+    def open_drafted(
+        self,
+        draft: Tensor,
+        prompt: Tensor,
+        mask: Tensor | None = None,
+        codes: Codes | None = None,
+        max_length: int | None = None,
+    ) -> DecodeState | None:
+        """One pass over prompt and guesses."""
+        return self._prefill(draft, prompt, mask, codes, max_length)
+
+    def _prefill(
+        self, draft: Tensor | None, prompt: Tensor, mask: Tensor | None, codes: Codes | None, max_length: int | None
+    ) -> DecodeState:
+        prompt, counts, at = opening(prompt, mask, draft, self._caps.positions_max)
         length, device = prompt.shape[1], prompt.device
         self._notice(length)
         lengths = torch.tensor(counts, device=device)
@@ -176,8 +187,9 @@ class UniversalDecoder(Universal, StepModel):
         sight = self._sight(places, x, causal=True, real=real, slots=length, taps=taps.clamp(min=-1))
         source = self._source(codes)
         y, _ = self.core(x, sight, self.steps, self.halting, source, caches)
-        last = y[torch.arange(len(prompt), device=device), lengths - 1]
-        state = DecodeState(lengths, self.head(self.core.norm(last)).float(), caches)
+        near = y[torch.arange(len(y), device=device)[:, None], at]
+        logits = self.head(self.core.norm(near)).float()
+        state = DecodeState(lengths, logits[:, 0] if draft is None else logits, caches)
         state.extras.update(counts=counts, source=source, cache_bytes=sum(c.bytes for c in caches))
         return state
 
