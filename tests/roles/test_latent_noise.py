@@ -138,3 +138,21 @@ def test_a_transform_changes_the_fields_and_sizes_that_the_model_sees(tmp_path: 
     assert model.encoder.shape == (32,)
     trainer.predict(model, datamodule=data)
     assert metric.fields_seen and all(f == {"label", "index", "vector"} for f in metric.fields_seen)
+
+
+def test_a_probe_reads_the_fields_that_the_transforms_give(tmp_path: Any) -> None:
+    import lightning.pytorch as pl
+
+    from quire.roles.probes.knn import KNNProbe
+
+    class VectorsOnly(MlpVectorEncoder):
+        fields = ("vector",)
+
+    data = Digits(transforms=[Halves()], train_samples=128, batch_size=64)
+    model = Model(VectorsOnly(), MlpVectorDecoder(), Reconstruction())
+    quiet: dict[str, Any] = {"logger": False, "enable_checkpointing": False, "enable_progress_bar": False}
+    trainer = pl.Trainer(
+        max_epochs=1, accelerator="cpu", default_root_dir=str(tmp_path), callbacks=[KNNProbe()], **quiet
+    )
+    trainer.fit(model, datamodule=data)
+    assert float(trainer.callback_metrics["val/knn"]) > 0.5

@@ -227,7 +227,10 @@ class Drafter(Part):
         """Called once per batch, before the first draft."""
 
     def propose(self, row: int, context: list[int], budget: int) -> Draft | None:
-        """A draft of at most ``budget`` nodes behind ``context`` (prompt and everything emitted), or None."""
+        """A draft of at most ``budget`` nodes behind ``context``, or None.
+
+        ``context`` is the prompt and everything emitted; at the first call of a row it may be the prompt alone.
+        """
         raise NotImplementedError
 
     def observe(self, row: int, context: list[int], accepted: list[int], rejected: list[int]) -> None:

@@ -91,7 +91,7 @@ def judge(path: str, source: DataModule, names: list[str], options: Any) -> int:
         if isinstance(probe, str):
             found[name] = probe
             continue
-        check_reads(model.encoder, tuple(source.fields), type(source).__name__, probe.fields, probe)
+        check_reads(model.encoder, source.offered(), type(source).__name__, probe.fields, probe)
         probe.fits(model.encoder)
         with untouched(model, device):
             probe.measure(subject, options.split)

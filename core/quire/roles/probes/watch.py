@@ -67,7 +67,7 @@ class Watch(Callback):
         said = refusal(type(self), "encoder", pl_module.encoder)  # type: ignore[arg-type]
         if said:
             raise ConfigError(said)
-        check_reads(pl_module.encoder, tuple(source.fields), type(source).__name__, self.fields, self)  # type: ignore[arg-type]
+        check_reads(pl_module.encoder, source.offered(), type(source).__name__, self.fields, self)  # type: ignore[arg-type]
         self._epoch, self._step = -1, -1
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
