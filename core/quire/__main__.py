@@ -2,8 +2,13 @@
 
 from __future__ import annotations
 
+import atexit
 import os
 import sys
+import threading
+from contextlib import suppress
+from pathlib import Path
+from typing import NoReturn
 
 from quire.errors import ConfigError, QuireError, suggest
 from quire.plugins import load, load_object, tracing
@@ -14,8 +19,32 @@ LIGHTNING = ("fit", "validate", "test", "predict")
 def main(argv: list[str] | None = None) -> None:
     """Run a command; the process exits with 0, 2 for a wrong command or config, 1 for a fault while running."""
     code = execute(sys.argv[1:] if argv is None else argv)
+    if any(name in thread for thread in threads() for name in ("gloo", "tcpstore")):
+        leave(code)
     if code:
         sys.exit(code)
+
+
+def threads() -> list[str]:
+    """Names of this process's threads, those of PyTorch included; empty where the system doesn't tell."""
+    found = []
+    for file in Path("/proc/self/task").glob("*/comm"):
+        with suppress(OSError):  # it has just ended
+            found.append(file.read_text().strip())
+    return found
+
+
+def leave(code: int) -> NoReturn:
+    """End as Python does, up to its own shutdown, which a process group's threads now and then abort.
+
+    PyTorch's caches of sharded tensors keep a group, and so its threads, beyond its end.
+    """
+    for thread in threading.enumerate():
+        if thread is not threading.current_thread() and not thread.daemon:
+            thread.join()
+    atexit._run_exitfuncs()
+    sys.stdout.flush(), sys.stderr.flush()
+    os._exit(code)
 
 
 def execute(argv: list[str]) -> int:

@@ -42,8 +42,7 @@ def run(argv: list[str]) -> None:
     try:
         _cli_class(argv[0], words)(_name(argv))
         if _in_group() and not given:
-            # Lightning ends NCCL's group only, and gloo's threads abort Python when they live at its end. Not after an
-            # error: the other processes would wait for one that is gone
+            # Lightning ends NCCL's group only. Not after an error: the others would wait for one that is gone
             torch.distributed.destroy_process_group()
     finally:
         sys.argv = before

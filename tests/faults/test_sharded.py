@@ -97,6 +97,20 @@ def test_two_processes_go_on_from_what_one_wrote(folder: Path) -> None:
     assert found == {s: pytest.approx(straight[s], abs=1e-4) for s in (8, 9)}
 
 
+def test_threads_that_outlive_their_group_dont_meet_pythons_own_end(folder: Path) -> None:
+    """There they abort now and then: "terminate called without an active exception"."""
+    code = "import atexit, os\nfrom quire.__main__ import main, threads\n"
+    code += "atexit.register(lambda: print('goodbye', *threads()))\nend = os._exit\n"
+    code += "os._exit = lambda code: (print('at once', flush=True), end(code))\nmain()\n"
+    (folder / "run.py").write_text(code)
+    env = {**os.environ, "OMP_NUM_THREADS": "1"}
+    for argv in (["fit", "-c", config(folder, "end", 1, 1).name], ["plugins"]):
+        command = [sys.executable, "run.py", *argv]
+        said = subprocess.run(command, cwd=folder, env=env, capture_output=True, text=True, check=True).stdout
+        lasting = "gloo" in said.partition("goodbye")[2]
+        assert "goodbye" in said and said.endswith("at once\n") == lasting
+
+
 def test_shards_become_a_file_that_loads(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     shards = folder / "runs/two/version_0/checkpoints/last.ckpt"
     with pytest.raises(ConfigError, match="is in shards: quire consolidate"):

@@ -87,7 +87,6 @@ def test_torchrun_gives_the_curve_of_one(folder: Path) -> None:
 
 
 def test_a_finished_run_leaves_no_process_group(folder: Path) -> None:
-    """One that is alive when Python ends aborts now and then: "terminate called without an active exception"."""
     code = "import sys, torch.distributed as group\nfrom quire.__main__ import execute\n"
     code += "assert execute(sys.argv[1:]) == 0\nassert not group.is_initialized()\nprint('left')\n"
     (folder / "run.py").write_text(code)

@@ -139,7 +139,7 @@ def test_attaching_zeros_changes_nothing_and_they_learn() -> None:
 def test_constant_images_give_equal_tokens_without_positions() -> None:
     """mp3 oracle 6's ground."""
     values = vit(positions="none")({"image": torch.full((1, 1, 4, 6), 0.3)}).values
-    assert torch.equal(values, values[:, :1].expand(-1, 6, -1))
+    torch.testing.assert_close(values, values[:, :1].expand(-1, 6, -1), atol=1e-6, rtol=0)
 
 
 def test_layers_hold_every_parameter_but_the_last_norm_once() -> None:
@@ -222,7 +222,7 @@ def _batch(*size: int) -> dict[str, Any]:
             ConfigError,
             r"features has layer 3; ViTEncoder has layers 0\.\.2",
         ),
-        (lambda: vit().attach_positions("none"), ConfigError, "kind learned or sincos"),
+        (lambda: vit().attach_positions("none"), ConfigError, "one of learned, sincos"),
         (
             lambda: build(FrameEncoder(**TRUNK), Spec(frames=101, bands=3)),
             ConfigError,

@@ -162,6 +162,36 @@ class StepModel(Decoder):
         raise ConfigError(f"{type(self).__name__} exposes no layers; implement iter_layers()")
 
 
+class PrefilledModel(StepModel):
+    """A step model whose prefill can check guesses: ``open`` and ``open_drafted`` both come from ``prefill``."""
+
+    def prefill(
+        self, draft: Tensor | None, prompt: Tensor, mask: Tensor | None, codes: Codes | None, max_length: int | None
+    ) -> DecodeState:
+        """``open``, with ``logits`` [B,V], or ``open_drafted`` behind ``draft`` [B,Q], with ``logits`` [B,1+Q,V].
+
+        Rows are moved to the left (``rows.opening``), so slot and position agree whatever side was padded.
+        """
+        raise NotImplementedError
+
+    def open(
+        self, prompt: Tensor, mask: Tensor | None = None, codes: Codes | None = None, max_length: int | None = None
+    ) -> DecodeState:
+        """By ``prefill``."""
+        return self.prefill(None, prompt, mask, codes, max_length)
+
+    def open_drafted(
+        self,
+        draft: Tensor,
+        prompt: Tensor,
+        mask: Tensor | None = None,
+        codes: Codes | None = None,
+        max_length: int | None = None,
+    ) -> DecodeState | None:
+        """By ``prefill``."""
+        return self.prefill(draft, prompt, mask, codes, max_length)
+
+
 def codes_of(model: Any, batch: Batch) -> Codes | None:
     """What the decoder of ``model`` reads besides tokens: the encoder's codes, or what the decoder encodes itself."""
     if model.encoder is not None:

@@ -13,14 +13,14 @@ from torch import Tensor, nn
 
 from quire.contracts import Codes, Spec
 from quire.errors import ConfigError
-from quire.roles.language.contract import Caps, DecodeState, StepModel
+from quire.roles.language.contract import Caps, DecodeState, PrefilledModel
 from quire.roles.language.hf_config import fresh_config, read_config, recorded
 from quire.roles.language.rows import opening, tree
 
 MASKED = ("sdpa", "eager")  # attention that takes a 4-D mask
 
 
-class HFModel(StepModel):
+class HFModel(PrefilledModel):
     """What the two adapters share; use ``HFCausal`` or ``HFSeq2Seq``."""
 
     crosses = False
@@ -218,28 +218,14 @@ class HFModel(StepModel):
         return self.module.get_decoder().get_input_embeddings()(ids)
 
     # ---- stepping
-    def open(
-        self, prompt: Tensor, mask: Tensor | None = None, codes: Codes | None = None, max_length: int | None = None
-    ) -> DecodeState:
-        """Prefill; rows are moved to the left, so slot and position agree whatever side was padded."""
-        return self._prefill(None, prompt, mask, codes, max_length)
+    def open_drafted(self, draft: Tensor, prompt: Tensor, *more: Any, **named: Any) -> DecodeState | None:
+        """None over a sliding cache, which may have dropped what a cut needs."""
+        return None if self.cache == "sliding" else super().open_drafted(draft, prompt, *more, **named)
 
-    def open_drafted(
-        self,
-        draft: Tensor,
-        prompt: Tensor,
-        mask: Tensor | None = None,
-        codes: Codes | None = None,
-        max_length: int | None = None,
-    ) -> DecodeState | None:
-        """One pass over prompt and guesses; none over a sliding cache, which may have dropped what a cut needs."""
-        if self.cache == "sliding":
-            return None
-        return self._prefill(draft, prompt, mask, codes, max_length)
-
-    def _prefill(
+    def prefill(
         self, draft: Tensor | None, prompt: Tensor, mask: Tensor | None, codes: Codes | None, max_length: int | None
     ) -> DecodeState:
+        """See ``PrefilledModel``."""
         from quire.roles.language.hf_cache import SlotStore, WindowStore
 
         prompt, counts, at = opening(prompt, mask, draft, self._positions_max())

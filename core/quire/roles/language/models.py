@@ -11,12 +11,12 @@ from torch import Tensor, nn
 from quire.contracts import Batch, Codes, Spec
 from quire.errors import ConfigError
 from quire.roles.language.blocks import Block, Cache, Seen, Source, dropout_of, norm_of
-from quire.roles.language.contract import Caps, DecodeState, StepModel
+from quire.roles.language.contract import Caps, DecodeState, PrefilledModel
 from quire.roles.language.guidance import ClassCodes
 from quire.roles.language.rows import opening, tree
 
 
-class CausalLM(StepModel):
+class CausalLM(PrefilledModel):
     """Decoder-only transformer: rotary positions, pre-norm, tied head, fused attention, a cache that can be cut.
 
     Args:
@@ -221,26 +221,10 @@ class CausalLM(StepModel):
         return None
 
     # ---- stepping
-    def open(
-        self, prompt: Tensor, mask: Tensor | None = None, codes: Codes | None = None, max_length: int | None = None
-    ) -> DecodeState:
-        """Prefill; rows are moved to the left, so slot and position agree whatever side was padded."""
-        return self._prefill(None, prompt, mask, codes, max_length)
-
-    def open_drafted(
-        self,
-        draft: Tensor,
-        prompt: Tensor,
-        mask: Tensor | None = None,
-        codes: Codes | None = None,
-        max_length: int | None = None,
-    ) -> DecodeState | None:
-        """One pass over prompt and guesses."""
-        return self._prefill(draft, prompt, mask, codes, max_length)
-
-    def _prefill(
+    def prefill(
         self, draft: Tensor | None, prompt: Tensor, mask: Tensor | None, codes: Codes | None, max_length: int | None
     ) -> DecodeState:
+        """See ``PrefilledModel``."""
         prompt, counts, at = opening(prompt, mask, draft, self._caps.positions_max)
         length = prompt.shape[1]
         x = self._classed(self.embed(prompt), getattr(codes, "label", None))

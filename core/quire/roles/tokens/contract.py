@@ -298,3 +298,10 @@ class TokenEncoder(Encoder):
     def built_layout(self) -> Layout:
         """The layout that it was built for."""
         return self.layout(Spec(self.__dict__["built_with"]))
+
+
+def layer_number(layer: int, depth: int, name: str) -> int:
+    """Blocks behind which ``features`` reads, 0 to ``depth``; -1 is the last. Raises ``ConfigError`` beyond them."""
+    if not -depth - 1 <= layer <= depth:
+        raise ConfigError(f"features has layer {layer}; {name} has layers 0..{depth}")
+    return layer if layer >= 0 else depth + 1 + layer

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from quire.errors import ConfigError
-from quire.roles.tokens.contract import POSITIONS, Layout, Segment
+from quire.roles.tokens.contract import POSITIONS, Layout, Segment, TokenEncoder
 
 
 def check_kind(kind: str, allowed: tuple[str, ...] = POSITIONS) -> str:
@@ -14,6 +14,33 @@ def check_kind(kind: str, allowed: tuple[str, ...] = POSITIONS) -> str:
     if kind not in allowed:
         raise ConfigError(f"positions must be one of {', '.join(allowed)}, got {kind!r}")
     return kind
+
+
+def attached(encoder: TokenEncoder, kind: str, init: str, own: str) -> bool:
+    """Note that an encoder has positions from now on; its ``init_args`` say so, so a checkpoint rebuilds with them.
+
+    Args:
+        encoder: What gets them.
+        kind: ``learned`` or ``sincos``.
+        init: ``zeros`` or ``normal``.
+        own: The kind that ``attach_positions`` can give and it has.
+
+    Returns:
+        False when it has this kind already.
+
+    Raises:
+        ConfigError: another word, or other positions already.
+    """
+    check_kind(kind, ("learned", "sincos"))
+    if init not in ("zeros", "normal"):
+        raise ConfigError(f"positions start with zeros or normal, got {init!r}")
+    if own == kind:
+        return False
+    if encoder.positions != "none":
+        name = type(encoder).__name__
+        raise ConfigError(f"{name} has {encoder.positions} positions already; it can't get {kind} ones")
+    encoder.positions = encoder.init_args["positions"] = kind
+    return True
 
 
 def sincos(grid: tuple[int, ...], width: int) -> Tensor:

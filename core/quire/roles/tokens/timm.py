@@ -11,9 +11,9 @@ from quire.contracts import Batch, Spec
 from quire.data import expand
 from quire.errors import ConfigError, DataError, suggest
 from quire.roles.tokens.blocks import run_tokens
-from quire.roles.tokens.contract import Layout, Segment, Subset, TokenEncoder, Tokens, gather, indices
+from quire.roles.tokens.contract import Layout, Segment, Subset, TokenEncoder, Tokens, gather, indices, layer_number
 from quire.roles.tokens.patches import pair, patch_grid
-from quire.roles.tokens.positions import Positions, check_kind
+from quire.roles.tokens.positions import Positions, attached, check_kind
 from quire.roles.tokens.timm_weights import TimmWeights, load_file, model_weights
 
 KINDS = ("keep", "none", "resample", "learned", "sincos")
@@ -159,16 +159,9 @@ class TimmViT(TokenEncoder):
 
     def attach_positions(self, kind: str, init: str = "zeros", std: float = 0.02) -> None:
         """Give an encoder made with ``positions: none`` a table; ``init_args`` says so from now on."""
-        check_kind(kind, ("learned", "sincos"))
-        if init not in ("zeros", "normal"):
-            raise ConfigError(f"positions start with zeros or normal, got {init!r}")
-        if self.table == kind:
+        if not attached(self, kind, init, self.table):
             return
-        if self.positions != "none":
-            raise ConfigError(f"TimmViT({self.model}) has {self.positions} positions already; it can't get {kind} ones")
-        self.table = self.positions = kind
-        self.table_std = std if init == "normal" else 0.0
-        self.init_args["positions"] = kind
+        self.table, self.table_std = kind, std if init == "normal" else 0.0
         if self.built:
             like = next(self.vit.parameters())
             self.places = Positions(kind, self.built_layout, self.width, self.table_std).to(like.device, like.dtype)
@@ -222,10 +215,7 @@ class TimmViT(TokenEncoder):
 
     def features(self, batch: Batch, layer: int = -1) -> Tokens:
         """Hidden states before the final norm, after block ``layer`` (0: embedded tokens; -1: last block)."""
-        depth = len(self.vit.blocks)
-        if not -depth - 1 <= layer <= depth:
-            raise ConfigError(f"features has layer {layer}; TimmViT({self.model}) has layers 0..{depth}")
-        upto = layer if layer >= 0 else depth + 1 + layer
+        upto = layer_number(layer, len(self.vit.blocks), f"TimmViT({self.model})")
         return self._blocks(self.embed(batch), self.vit.blocks[:upto], nn.Identity())
 
     def _blocks(

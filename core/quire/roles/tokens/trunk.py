@@ -10,8 +10,8 @@ from torch import Tensor, nn
 from quire.contracts import Batch, Spec
 from quire.errors import ConfigError
 from quire.roles.tokens.blocks import Rotation, make_blocks, run_tokens, start_weights
-from quire.roles.tokens.contract import POSITIONS, Subset, TokenEncoder, Tokens, gather, indices
-from quire.roles.tokens.positions import Positions, check_kind
+from quire.roles.tokens.contract import POSITIONS, Subset, TokenEncoder, Tokens, gather, indices, layer_number
+from quire.roles.tokens.positions import Positions, attached, check_kind
 
 
 class TrunkEncoder(TokenEncoder):
@@ -94,16 +94,9 @@ class TrunkEncoder(TokenEncoder):
 
     def attach_positions(self, kind: str, init: str = "zeros", std: float = 0.02) -> None:
         """Give this encoder positions; ``init_args`` says so, so a checkpoint made later rebuilds with them."""
-        if check_kind(kind) == "none":
-            raise ConfigError("attach_positions needs kind learned or sincos, got 'none'")
-        if init not in ("zeros", "normal"):
-            raise ConfigError(f"positions start with zeros or normal, got {init!r}")
-        if self.positions == kind:
+        if not attached(self, kind, init, self.positions):
             return
-        if self.positions != "none":
-            raise ConfigError(f"{type(self).__name__} has {self.positions} positions already; it can't get {kind} ones")
-        self.positions, self.table_std = kind, std if init == "normal" else 0.0
-        self.init_args["positions"] = kind
+        self.table_std = std if init == "normal" else 0.0
         if self.built:
             like = next(self.blocks.parameters())
             self.places = Positions(kind, self.built_layout, self.width, self.table_std).to(like.device, like.dtype)
@@ -158,11 +151,9 @@ class TrunkEncoder(TokenEncoder):
 
     def features(self, batch: Batch, layer: int = -1) -> Tokens:
         """Hidden states before the final norm, after block ``layer`` (0: embedded tokens; -1: last block)."""
-        if not -self.depth - 1 <= layer <= self.depth:
-            raise ConfigError(f"features has layer {layer}; {type(self).__name__} has layers 0..{self.depth}")
-        upto = layer if layer >= 0 else self.depth + 1 + layer
+        blocks = self.blocks[: layer_number(layer, self.depth, type(self).__name__)]
         tokens = self.embed(batch)
-        return run_tokens(self.blocks[:upto], nn.Identity(), tokens, rotation=self.rotation(tokens))
+        return run_tokens(blocks, nn.Identity(), tokens, rotation=self.rotation(tokens))
 
     def rotation(self, tokens: Tokens) -> Rotation | None:
         """Rotary angles of prefix and content tokens; None where positions aren't rotary."""

@@ -10,8 +10,8 @@ from torch import Tensor, nn
 
 from quire.contracts import Batch, Spec
 from quire.errors import ConfigError, DataError
-from quire.roles.tokens.contract import Layout, Segment, Subset, TokenEncoder, Tokens, gather, indices
-from quire.roles.tokens.positions import check_kind, sincos
+from quire.roles.tokens.contract import Layout, Segment, Subset, TokenEncoder, Tokens, gather, indices, layer_number
+from quire.roles.tokens.positions import attached, check_kind, sincos
 from quire_dupmae import bert
 
 
@@ -113,16 +113,9 @@ class RetrievalEncoder(TokenEncoder):
 
     def attach_positions(self, kind: str, init: str = "zeros", std: float = 0.02) -> None:
         """Give an encoder without positions a table; ``init_args`` says so, so a checkpoint rebuilds with it."""
-        if check_kind(kind) == "none":
-            raise ConfigError("attach_positions needs kind learned or sincos, got 'none'")
-        if init not in ("zeros", "normal"):
-            raise ConfigError(f"positions start with zeros or normal, got {init!r}")
-        if self.positions == kind:
+        if not attached(self, kind, init, self.positions):
             return
-        if self.positions != "none":
-            raise ConfigError(f"RetrievalEncoder has {self.positions} positions already; it can't get {kind} ones")
-        self.positions, self.table_std = kind, std if init == "normal" else 0.0
-        self.init_args["positions"] = kind
+        self.table_std = std if init == "normal" else 0.0
         if self.module is not None:
             self._fill_table()
 
@@ -187,9 +180,7 @@ class RetrievalEncoder(TokenEncoder):
     def features(self, batch: Batch, layer: int = -1) -> Tokens:
         """Hidden states after layer ``layer`` (0: embedded tokens; -1: last layer)."""
         layers = self.module.base_model.encoder.layer
-        if not -len(layers) - 1 <= layer <= len(layers):
-            raise ConfigError(f"features has layer {layer}; RetrievalEncoder has layers 0..{len(layers)}")
-        return self._walk(self.embed(batch), layers[: layer if layer >= 0 else len(layers) + 1 + layer])
+        return self._walk(self.embed(batch), layers[: layer_number(layer, len(layers), "RetrievalEncoder")])
 
     # ---- what retrieval reads
     def logits(self, tokens: Tokens | Tensor) -> Tensor:

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from quire.contracts import Codes, Spec
 from quire.errors import ConfigError
 from quire.roles.language.blocks import Source
-from quire.roles.language.contract import Caps, DecodeState, StepModel
+from quire.roles.language.contract import Caps, DecodeState, PrefilledModel
 from quire.roles.language.rows import opening, tree
 from quire_universal.block import KERNELS
 from quire_universal.halting import Ponder
@@ -22,7 +22,7 @@ from quire_universal.universal import Universal
 TAPS = max(KERNELS) - 1
 
 
-class UniversalDecoder(Universal, StepModel):
+class UniversalDecoder(Universal, PrefilledModel):
     """One causal transformer block applied again and again; with an encoder it attends to its tokens.
 
     Dehghani et al. 2018. The cache has a set of slots for each step, since keys and values differ at every step. A
@@ -155,26 +155,10 @@ class UniversalDecoder(Universal, StepModel):
             self._known = 1 << 62  # one notice
 
     # ---- stepping
-    def open(
-        self, prompt: Tensor, mask: Tensor | None = None, codes: Codes | None = None, max_length: int | None = None
-    ) -> DecodeState:
-        """Prefill; rows are moved to the left, so slot and position agree whatever side was padded."""
-        return self._prefill(None, prompt, mask, codes, max_length)
-
-    def open_drafted(
-        self,
-        draft: Tensor,
-        prompt: Tensor,
-        mask: Tensor | None = None,
-        codes: Codes | None = None,
-        max_length: int | None = None,
-    ) -> DecodeState | None:
-        """One pass over prompt and guesses."""
-        return self._prefill(draft, prompt, mask, codes, max_length)
-
-    def _prefill(
+    def prefill(
         self, draft: Tensor | None, prompt: Tensor, mask: Tensor | None, codes: Codes | None, max_length: int | None
     ) -> DecodeState:
+        """See ``PrefilledModel``."""
         prompt, counts, at = opening(prompt, mask, draft, self._caps.positions_max)
         length, device = prompt.shape[1], prompt.device
         self._notice(length)

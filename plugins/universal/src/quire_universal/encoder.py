@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from quire.contracts import Batch, Spec
 from quire.errors import ConfigError, DataError
-from quire.roles.tokens.contract import Layout, Segment, Subset, TokenEncoder, Tokens, gather, indices
+from quire.roles.tokens.contract import Layout, Segment, Subset, TokenEncoder, Tokens, gather, indices, layer_number
 from quire.roles.tokens.patches import pair, patch_grid, patchify
 from quire_universal.halting import Ponder
 from quire_universal.sight import Sight
@@ -174,9 +174,7 @@ class UniversalEncoder(Universal, TokenEncoder):
 
     def features(self, batch: Batch, layer: int = -1) -> Tokens:
         """The state after step ``layer`` (0: embedded tokens; -1: the last step), before the final norm."""
-        if not -self.steps - 1 <= layer <= self.steps:
-            raise ConfigError(f"features has layer {layer}; UniversalEncoder has steps 0..{self.steps}")
-        upto = layer if layer >= 0 else self.steps + 1 + layer
+        upto = layer_number(layer, self.steps, "UniversalEncoder")
         tokens = self.embed(batch)
         if not upto:
             return tokens
