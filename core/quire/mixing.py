@@ -52,13 +52,12 @@ def mix(named: Mapping[str, list[str]], run: bool = True) -> Config:
 
 
 def _try(trial: Trial, sampler: bool, run: bool) -> None:
+    made = trial.made()  # first, also of a run: what building refuses says more than fields that are not there
+    check_fields(made.model, made.data.offered(), type(made.data).__name__, "fit")
     if run:
         trial.ran()
-        if sampler:
-            trial.predicted()
-        return
-    made = trial.made()
-    check_fields(made.model, made.data.offered(), type(made.data).__name__, "fit")
+    if run and sampler:
+        trial.predicted()
 
 
 def _of_kind(name: str, slot: str) -> Entry:

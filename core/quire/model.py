@@ -185,6 +185,9 @@ class Model(LightningModule):
             return {"outputs": self._play(batch).outputs}
         losses = self.objective(self, batch)
         loss = self._total(losses)
+        if not loss.requires_grad:
+            name = type(self.objective).__name__
+            raise ConfigError(f"{name}: all that its loss depends on is frozen; give it a part with freeze: false")
         self._note(losses, loss, batch)
         return {"loss": loss, "outputs": losses.outputs}
 

@@ -7,7 +7,7 @@ from lightning.pytorch.callbacks import EMAWeightAveraging
 from tests.core.toys import Ascend, Duel, Guess, Line, Picky, Rebuild, Toy, Wide
 
 import quire
-from quire import ConfigError, DataError, Fields, Model, Sum
+from quire import ConfigError, DataError, Fields, Losses, Model, Objective, Sum
 from quire.schedule import Constant, WarmupCosine
 
 
@@ -30,6 +30,21 @@ def test_terms_are_summed_with_their_weights(tmp_path):
     seen = run.callback_metrics
     assert seen["train/loss"] == pytest.approx(3.0 * seen["train/guess"].item(), rel=1e-6)
     assert 0 <= seen["train/accuracy"] <= 1
+
+
+def test_a_loss_that_no_trained_part_moves_is_refused(tmp_path):
+    class Still(Objective):
+        """A loss of frozen codes beside a layer that could learn."""
+
+        def build(self, spec):
+            super().build(spec)
+            self.spare = torch.nn.Linear(2, 2)
+
+        def forward(self, model, batch):
+            return Losses({"size": model.encoder(batch).detach().square().mean()})
+
+    with pytest.raises(ConfigError, match="Still: all that its loss depends on is frozen"):
+        fitted(tmp_path, Model(encoder=Line(), objective=Still()), max_steps=1)
 
 
 def test_logged_training_terms_are_means_since_the_last_log(tmp_path):

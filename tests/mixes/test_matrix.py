@@ -43,6 +43,8 @@ WHEN_RUN = {
     ("NextToken", "HFSeq2Seq"): "source",  # Seq2SeqTokens is its objective
     ("NextToken", "Seq2SeqDecoder"): "source|codes",
     ("RoutedLoRA", "RoutedModel"): "routers are untrained",
+    ("AFALoss", "SparseDictionary"): "is frozen",  # it trains encoders, and a saved dictionary is frozen by default
+    ("DirectFeatureAttribution", "SparseDictionary"): "width|z site",  # with a dictionary saved for the data's site
 }
 WRAPPERS = ("Pooled", "SparseDictionary", "Pretrained")  # an object may hold the role that the class does not declare
 
