@@ -17,6 +17,7 @@ from quire.contracts import Sampler
 from quire.roles.language.bench_models import Subject, lift
 from quire.roles.language.bench_tasks import Task
 from quire.roles.language.contract import Generated
+from quire.roles.language.layout import laid_out
 from quire.roles.language.proof import batch_of
 from quire.roles.language.stats import Stats
 
@@ -86,16 +87,17 @@ class Decode:
         prompts = [task.prompts[i] for i in which]
         spans = {} if task.scripts is None else {"source_span": torch.tensor([[0, len(p)] for p in prompts])}
         batch = batch_of(prompts, self.model.decoder, spans)  # a scripted prompt is a passage to copy
-        clock, first = Clock(), None
-        events = self.sampler.stream(self.model, batch)
-        while True:
-            try:
-                next(events)
-                first = first or clock.read()
-            except StopIteration as end:
-                result: Generated = end.value
-                break
-        cpu, wall = clock.read()
+        with laid_out(self.model.decoder):  # as in a prediction run
+            clock, first = Clock(), None
+            events = self.sampler.stream(self.model, batch)
+            while True:
+                try:
+                    next(events)
+                    first = first or clock.read()
+                except StopIteration as end:
+                    result: Generated = end.value
+                    break
+            cpu, wall = clock.read()
         first = first or (cpu, wall)
         rows = [row[0] for row in result.tokens]
         return Run(rows, *first, cpu - first[0], wall - first[1], result.stats.passes, result.stats)
