@@ -170,7 +170,8 @@ class Speculative(Sampler):
         yield from events
         alive = self._leave(target, state, rows)
         while alive:
-            drafts = self._drafts(alive, state.lengths.tolist(), caps, stats)
+            held = [0] * len(alive) if caps.positions_max is None else state.lengths.tolist()  # on a GPU it would wait
+            drafts = self._drafts(alive, held, caps, stats)
             ids, parents, valid = slots(alive, drafts, state.lengths.device)
             before = time.perf_counter()
             logits = target.step(state, ids, parents=parents, valid=valid)
