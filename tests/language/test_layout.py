@@ -41,6 +41,27 @@ def test_other_types_stay_as_they_are(dtype):
         assert count == 0 and columns(decoder) == {False}
 
 
+def run_of(folder, *callbacks):
+    return pl.Trainer(
+        accelerator="cpu", max_steps=1, limit_val_batches=0, limit_predict_batches=1, callbacks=list(callbacks),
+        default_root_dir=folder, enable_model_summary=False, logger=False, enable_checkpointing=False,
+        enable_progress_bar=False,
+    )  # fmt: skip
+
+
+@MKL
+def test_a_run_that_fails_puts_them_back(tmp_path):
+    class Fails(pl.Callback):
+        def on_predict_batch_start(self, trainer, pl_module, *args):
+            assert columns(pl_module.decoder) == {True}
+            raise ValueError("no more")
+
+    model = Model(decoder=CausalLM(width=32, depth=1, heads=2), objective=NextToken(), sampler=Greedy(4))
+    with pytest.raises(ValueError, match="no more"):
+        run_of(tmp_path, Fails()).predict(model, datamodule=TextTokens(length=16, batch_size=8, train_samples=64))
+    assert columns(model.decoder) == {False}
+
+
 @MKL
 def test_a_prediction_run_lays_them_out_and_training_does_not(tmp_path):
     seen = {}
@@ -54,11 +75,7 @@ def test_a_prediction_run_lays_them_out_and_training_does_not(tmp_path):
 
     model = Model(decoder=CausalLM(width=32, depth=1, heads=2), objective=NextToken(), sampler=Greedy(4))
     data = TextTokens(length=16, batch_size=8, train_samples=64)
-    quiet = {"logger": False, "enable_checkpointing": False, "enable_progress_bar": False}
-    trainer = pl.Trainer(
-        accelerator="cpu", max_steps=1, limit_val_batches=0, limit_predict_batches=1, callbacks=[Look()],
-        default_root_dir=tmp_path, enable_model_summary=False, **quiet,
-    )  # fmt: skip
+    trainer = run_of(tmp_path, Look())
     trainer.fit(model, datamodule=data)
     trainer.predict(model, datamodule=data)
     assert seen == {"fit": {False}, "predict": {True}} and columns(model.decoder) == {False}

@@ -36,13 +36,20 @@ def _turnable(weight: Any) -> bool:
 class DecodingLayout(Callback):
     """``laid_out`` for the decoder of a prediction run; every step model brings it."""
 
-    layout: AbstractContextManager[Any]
+    def __init__(self) -> None:
+        self.layout: AbstractContextManager[Any] = nullcontext()
 
     def on_predict_start(self, trainer: Any, pl_module: Any) -> None:
         """Lay the weights out."""
-        self.layout = laid_out(pl_module.decoder) if pl_module.decoder is not None else nullcontext()
-        self.layout.__enter__()
+        if pl_module.decoder is not None:
+            self.layout = laid_out(pl_module.decoder)
+            self.layout.__enter__()
 
     def on_predict_end(self, trainer: Any, pl_module: Any) -> None:
         """Put them back."""
         self.layout.__exit__(None, None, None)
+        self.layout = nullcontext()
+
+    def on_exception(self, trainer: Any, pl_module: Any, exception: BaseException) -> None:
+        """Put them back."""
+        self.on_predict_end(trainer, pl_module)
