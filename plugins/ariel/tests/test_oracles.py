@@ -24,7 +24,7 @@ from ariel_toys import (
 from scipy.stats import chisquare
 
 from quire_ariel.grammar import KINDS, Grammar
-from quire_ariel.tables import frequencies
+from quire_ariel.tables import CHUNK, frequencies
 
 HALF = constant(a=0.5, b=0.25, eos=0.25)
 THREE = language(((A, EOS), 0.5), ((B, EOS), 0.3), ((A, B, EOS), 0.2))
@@ -183,6 +183,15 @@ def test_batches_do_not_matter():
         assert cube.decode(together.z[i : i + 1]).rows() == [sentence]
         alone = cube.encode(tokens[i : i + 1], mask[i : i + 1])
         assert cube.decode(alone.z.expand(8, -1)).rows() == [sentence] * 8
+
+
+def test_tables_made_in_parts_are_those_of_each_row_alone():
+    logits = 6 * torch.randn(
+        50, CHUNK // 20, generator=torch.Generator().manual_seed(1)
+    )  # 20 rows a part, 10 left over
+    banned = torch.tensor([0, 1])
+    alone = torch.cat([frequencies(row[None], banned, 24) for row in logits])
+    assert torch.equal(frequencies(logits, banned, 24), alone)
 
 
 def test_tables_sum_to_the_total_and_keep_the_largest_remainders():

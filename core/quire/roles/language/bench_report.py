@@ -125,7 +125,8 @@ def legend(report: dict[str, Any]) -> list[str]:
         "thread(s), a round of warm-up not counted. tok/s: new tokens per second of process CPU time with the prefill, "
         f"median (quartiles); ratio: to {base['sampler']} ({base['model']}), round by round; decode tok/s: without the "
         "prefill; first ms: wall time to the first token; passes: of the model in a call, prefill included; accepted: "
-        f"share of drafted tokens that stood at depth {', '.join(map(str, DEPTHS))}.",
+        f"share of drafted tokens that stood at depth {', '.join(map(str, DEPTHS))}. On a CPU Quire's arms keep linear "
+        "weights column by column, as a prediction run does.",
     ]
 
 
